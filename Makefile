@@ -1,0 +1,40 @@
+PYTHON ?= python3
+VENV := .venv
+BIN := $(VENV)/bin
+PINS := -c constraints.txt
+# One thread and no network: tests give the same numbers everywhere.
+TEST_ENV := OMP_NUM_THREADS=1 HF_HUB_OFFLINE=1 TOKENIZERS_PARALLELISM=false
+CHECKED := igrpo_lite tests recipes benchmarks
+
+.PHONY: train test lint docs wheel clean
+
+train: $(VENV)/.installed ## set up and run the main job on the bundled tiny model
+	$(BIN)/igrpo-lite train $(ARGS)
+
+test: lint ## set up and pass all tests
+	$(TEST_ENV) $(BIN)/python -m pytest
+
+lint: $(VENV)/.installed-test
+	$(BIN)/ruff check $(CHECKED)
+	$(BIN)/ruff format --check $(CHECKED)
+	$(BIN)/mypy
+
+docs: $(VENV)/.installed ## rewrite docs/config.md and docs/cli.md from the code
+	$(BIN)/python -m igrpo_lite.cli.docs docs
+
+wheel: $(VENV)/.installed
+	$(BIN)/python -m pip wheel --no-deps --wheel-dir dist .
+
+clean:
+	rm -rf build dist .pytest_cache .ruff_cache .mypy_cache .hypothesis
+
+$(VENV)/.installed: pyproject.toml constraints.txt | $(VENV)
+	$(BIN)/python -m pip install --quiet $(PINS) --editable .
+	touch $@
+
+$(VENV)/.installed-test: pyproject.toml constraints.txt | $(VENV)
+	$(BIN)/python -m pip install --quiet $(PINS) --editable '.[test]'
+	touch $@ $(VENV)/.installed
+
+$(VENV):
+	$(PYTHON) -m venv $@

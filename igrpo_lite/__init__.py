@@ -1,0 +1,50 @@
+"""iGRPO (arXiv 2602.09000) and GRPO with LoRA on one GPU, or on a CPU with a tiny bundled model.
+
+In a notebook::
+
+    import igrpo_lite
+
+    summary = igrpo_lite.train(model="tiny", max_steps=5)
+
+Importing the package imports neither torch nor transformers; these are loaded when work begins.
+"""
+
+from __future__ import annotations
+
+from typing import TYPE_CHECKING, Any
+
+if TYPE_CHECKING:
+    from igrpo_lite.config import RunConfig
+    from igrpo_lite.settings import resolve
+
+__version__ = "0.1.0"
+__all__ = ["RunConfig", "__version__", "resolve", "train"]
+
+
+def train(**settings: Any) -> dict[str, Any]:
+    """Train with the given settings (see docs/config.md) and return the summary of the run.
+
+    Raises :class:`igrpo_lite.errors.ConfigError` with every setting that is wrong.
+    """
+    from igrpo_lite.errors import ConfigError
+    from igrpo_lite.settings import examine, preflight
+
+    config, findings = examine(settings)
+    findings += preflight(config)
+    if findings:
+        raise ConfigError(findings)
+    from igrpo_lite.training import train as start
+
+    return start(config)
+
+
+def __getattr__(name: str) -> Any:
+    if name == "RunConfig":
+        from igrpo_lite.config import RunConfig
+
+        return RunConfig
+    if name == "resolve":
+        from igrpo_lite.settings import resolve
+
+        return resolve
+    raise AttributeError(f"module {__name__!r} has no attribute {name!r}")

@@ -1,0 +1,76 @@
+"""What can be known about a run's inputs before anything heavy is imported: each check returns its findings."""
+
+from __future__ import annotations
+
+import json
+import re
+from pathlib import Path
+from typing import Any
+
+from igrpo_lite.config import ModelOptions, PromptOptions, RunConfig
+from igrpo_lite.fields import nearest
+from igrpo_lite.prompts import read_text_or_file, template_findings
+
+_TOKENIZERS = ("tokenizer.json", "tokenizer.model", "vocab.json", "vocab.txt", "spiece.model", "tekken.json")
+_WEIGHTS = ("*.safetensors", "*.bin", "*.bin.index.json")
+
+
+def findings(config: RunConfig) -> list[str]:
+    """Everything wrong with the model, data, prompts and rewards that a configuration names."""
+    from igrpo_lite.problems.loading import data_findings
+    from igrpo_lite.rewards.scorer import reward_findings
+
+    prompts = prompt_findings(config, two_stages=config.algorithm != "grpo")
+    return model_findings(config) + data_findings(config) + prompts + reward_findings(config)
+
+
+def prompt_findings(options: PromptOptions, two_stages: bool = True) -> list[str]:
+    """Texts that look like a file which is not there, and a stage-2 template that lacks its places."""
+    found = []
+    for name in ("system_prompt", "stage2_template"):
+        value = getattr(options, name)
+        if value and re.fullmatch(r"\S+\.(txt|md|prompt|j2|jinja2?)", value) and not Path(value).is_file():
+            found.append(f"{name}: no such file: {value}")
+    if two_stages and options.stage2_template is not None and not found:
+        found += template_findings(read_text_or_file(options.stage2_template), options.draft_placement)
+    return found
+
+
+def model_findings(options: ModelOptions) -> list[str]:
+    """A model that is neither ``tiny``, nor a usable folder, nor in the form of a hub id."""
+    model = options.model
+    folder = Path(model).expanduser()
+    if model == "tiny":
+        return []
+    if folder.is_dir():
+        return _folder_findings(folder)
+    if folder.is_file():
+        return [f"model: {model} is a file; give the folder that holds config.json, the weights and the tokenizer"]
+    if re.match(r"[./~\\]|[A-Za-z]:\\", model) or model.count("/") > 1:
+        return [f"model: no such folder: {model}"]
+    if not re.fullmatch(r"[\w.-]+(/[\w.-]+)?", model):
+        return [f"model: {model!r} is neither tiny, nor a folder, nor a hub id like Qwen/Qwen2.5-0.5B-Instruct"]
+    if nearest(model, ["tiny"]):
+        return [f"model: there is no {model}; did you mean tiny?"]
+    return []
+
+
+def _folder_findings(folder: Path) -> list[str]:
+    if not (folder / "config.json").is_file():
+        if (folder / "adapter_config.json").is_file():
+            return [f"model: {folder} holds an adapter only; give the model that it was trained on"]
+        return [f"model: {folder} has no config.json, so it is not a model folder"]
+    found = []
+    try:
+        config: Any = json.loads((folder / "config.json").read_text(encoding="utf-8"))
+    except (OSError, ValueError) as error:
+        found.append(f"model: {folder}/config.json cannot be read: {error}")
+    else:
+        names = config.get("architectures") or [] if isinstance(config, dict) else ["no architecture"]
+        if names and not any(str(name).endswith(("ForCausalLM", "LMHeadModel")) for name in names):
+            found.append(f"model: {folder} is not a causal language model (its config.json says {', '.join(names)})")
+    if not any((folder / name).is_file() for name in _TOKENIZERS):
+        found.append(f"model: {folder} has no tokenizer (tokenizer.json or the like); save one beside the model")
+    if not any(next(folder.glob(pattern), None) for pattern in _WEIGHTS):
+        found.append(f"model: {folder} has no weights (*.safetensors)")
+    return found

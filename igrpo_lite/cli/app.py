@@ -1,0 +1,67 @@
+"""The verbs under one name, and how their errors reach the user: one line each, no traceback, a stated exit code."""
+
+from __future__ import annotations
+
+import sys
+from collections.abc import Sequence
+
+from cyclopts import App, CycloptsError
+
+from igrpo_lite import __version__
+from igrpo_lite.cli import evaluate, recipes, show_prompt, train
+from igrpo_lite.cli.flags import complaints
+from igrpo_lite.errors import StoppedRun, UserError
+
+INTERRUPTED = 130
+STOPPED = 3
+MISTAKE = 2
+
+
+def build() -> App:
+    """The command line as a cyclopts application."""
+    app = App(
+        name="igrpo-lite",
+        help="Train a language model with iGRPO or GRPO and LoRA, on one GPU or on a CPU.",
+        help_epilogue="First try: igrpo-lite train (the bundled tiny model, on a CPU, in about a minute).",
+        version=__version__,
+        version_flags="--version",
+        help_format="plaintext",
+    )
+    app.command(train.verb(), name="train", help_epilogue="")
+    app.command(evaluate.verb(), name="eval", help_epilogue="")
+    app.command(show_prompt.verb(), name="show-prompt", help_epilogue="")
+    app.command(recipes.app())
+    return app
+
+
+def run(tokens: Sequence[str] | None = None) -> int:
+    """Interpret the command line and do what it says; returns the exit code."""
+    words = [_dashed(word) for word in (sys.argv[1:] if tokens is None else tokens)]
+    app = build()
+    try:
+        command, bound, unused, _ = app.parse_known_args(words)
+        if unused:
+            _report(complaints(app, words, unused, bound.arguments))
+            return MISTAKE
+        command(*bound.args, **bound.kwargs)
+    except CycloptsError as error:
+        error.verbose = False
+        _report([" ".join(str(error).split())])
+        return MISTAKE
+    except UserError as error:
+        _report(error.problems)
+        return STOPPED if isinstance(error, StoppedRun) else MISTAKE
+    except KeyboardInterrupt:
+        return INTERRUPTED
+    return 0
+
+
+def _dashed(word: str) -> str:
+    """``--max_steps`` is as good as ``--max-steps``: other trainers write their flags with underscores."""
+    name, equals, value = word.partition("=")
+    return name.replace("_", "-") + equals + value if word.startswith("--") else word
+
+
+def _report(problems: Sequence[str]) -> None:
+    for problem in problems:
+        print(f"error: {problem}", file=sys.stderr)

@@ -1,0 +1,80 @@
+"""Writes docs/config.md and docs/cli.md from the code: ``python -m igrpo_lite.cli.docs docs`` (``make docs``)."""
+
+from __future__ import annotations
+
+import io
+import sys
+from pathlib import Path
+from typing import Any
+
+from rich.console import Console
+
+from igrpo_lite.cli.app import build
+from igrpo_lite.config import MODEL_DEFAULTS, SECTIONS, Section
+from igrpo_lite.fields import FIELDS, choices, default_text, short_type
+
+VERBS = ((), ("train",), ("eval",), ("show-prompt",), ("recipes", "ls"), ("recipes", "cp"))
+
+_NOTE = "<!-- Written by `make docs`; change the code instead. -->"
+
+
+def config_page() -> str:
+    """Every setting in a table per section."""
+    models = ", ".join(f"`{model}`" for model in MODEL_DEFAULTS)
+    lines = [
+        "# Settings",
+        "",
+        _NOTE,
+        "",
+        "Every setting is a flag (`--max-steps 10`), a line of a recipe (`max_steps: 10`) and an argument of",
+        "`igrpo_lite.train(max_steps=10)`. Flags win over the recipe, the recipe over the defaults of the model",
+        f"({models}), these over the general defaults.",
+    ]
+    for section in SECTIONS:
+        lines += ["", f"## {section.__doc__}", "", "| setting | type | default | meaning |", "|---|---|---|---|"]
+        lines += [_row(name, section) for name in section.model_fields]
+    return "\n".join(lines) + "\n"
+
+
+def cli_page() -> str:
+    """The ``--help`` of every verb, at a fixed width and without colour."""
+    app = build()
+    lines = [
+        "# Command line",
+        "",
+        _NOTE,
+        "",
+        "Exit codes: 0 done, 2 a mistake to mend (one or two lines each), 3 stopped",
+    ]
+    lines += ["for a stated reason with everything saved, 130 interrupted before the run began."]
+    for verb in VERBS:
+        lines += ["", f"## {' '.join(('igrpo-lite', *verb))}", "", "```text", _help(app, verb), "```"]
+    return "\n".join(lines) + "\n"
+
+
+def write(folder: Path) -> None:
+    """Write both pages."""
+    folder.mkdir(parents=True, exist_ok=True)
+    (folder / "config.md").write_text(config_page(), encoding="utf-8")
+    (folder / "cli.md").write_text(cli_page(), encoding="utf-8")
+
+
+def _row(name: str, section: type[Section]) -> str:
+    field = section.model_fields[name]
+    few = choices(field)
+    kind = ", ".join(f"`{choice}`" for choice in few) if few else short_type(field)
+    kind = f"list of {kind}" if few and isinstance(field.default, list) else kind
+    default = f"`{default_text(field.default)}`" if field.default is not None else "unset"
+    special = [f"{model}: `{default_text(own[name])}`" for model, own in MODEL_DEFAULTS.items() if name in own]
+    cells = (f"`{name}`", kind, "; ".join([default, *special]), (FIELDS[name].description or "").replace("|", "\\|"))
+    return f"| {' | '.join(cells)} |"
+
+
+def _help(app: Any, verb: tuple[str, ...]) -> str:
+    text = io.StringIO()
+    app.help_print(list(verb), console=Console(file=text, width=100, color_system=None, force_terminal=False))
+    return "\n".join(line.rstrip() for line in text.getvalue().strip().splitlines())
+
+
+if __name__ == "__main__":
+    write(Path(sys.argv[1] if len(sys.argv) > 1 else "docs"))

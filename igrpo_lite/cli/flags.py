@@ -1,0 +1,124 @@
+"""Flags made from the settings: every field of the configuration is one, with its sentence, type and default.
+
+A flag hands over the text that the user typed, and only if it was typed; :mod:`igrpo_lite.settings` judges it together
+with the recipe, so that all mistakes are reported at once.
+"""
+
+from __future__ import annotations
+
+import inspect
+from collections.abc import Callable, Iterable, Mapping, Sequence
+from typing import Annotated, Any
+
+from cyclopts import App, Group, Parameter, Token
+
+from igrpo_lite.config import MODEL_DEFAULTS, SECTIONS, RunConfig
+from igrpo_lite.errors import ConfigError
+from igrpo_lite.fields import FIELDS, choices, default_text, hint, is_list, item_type, parts, section_of
+from igrpo_lite.settings import examine, load_file, merge, preflight, suggestion
+
+FIRST = ("model", "data", "algorithm", "tokens")
+"""The four settings that say what is trained on what; they head every list of flags."""
+
+_MAIN = Group("Main settings", sort_key=0)
+COMMAND = Group("This command", sort_key=1)
+
+Recipe = Annotated[str | None, Parameter(help="YAML file, or the name of a recipe of ours; flags win.", group=COMMAND)]
+"""Type of every verb's ``--config``."""
+
+
+def settings_flags(verb: Callable[..., None], names: Iterable[str] = FIELDS) -> Callable[..., None]:
+    """A verb whose ``**settings`` became one flag per named setting."""
+    signature = inspect.signature(verb, eval_str=True)
+    own = [p for p in signature.parameters.values() if p.kind is not inspect.Parameter.VAR_KEYWORD]
+    wanted = list(names)
+    ordered = [name for name in FIRST if name in wanted] + [name for name in wanted if name not in FIRST]
+    flags = [_flag(name) for name in ordered]
+
+    def command(*args: Any, **kwargs: Any) -> None:
+        verb(*args, **kwargs)
+
+    command.__doc__ = verb.__doc__
+    command.__signature__ = signature.replace(parameters=[*own, *flags])  # type: ignore[attr-defined]
+    command.__annotations__ = {parameter.name: parameter.annotation for parameter in [*own, *flags]}
+    return command
+
+
+def examined(recipe: str | None, flags: Mapping[str, Any]) -> tuple[RunConfig, list[str]]:
+    """The configuration of a recipe, by file or name, and flags; with everything that is wrong with either."""
+    from igrpo_lite.cli.recipes import find
+
+    file: dict[str, Any] = {}
+    unread: list[str] = []
+    try:
+        file = load_file(find(recipe)) if recipe is not None else {}
+    except ConfigError as error:
+        unread = error.problems
+    config, findings = examine(merge(file, flags))
+    return config, unread + findings
+
+
+def checked(recipe: str | None, flags: Mapping[str, Any]) -> RunConfig:
+    """The configuration of a recipe and flags, with the files that it names; raises one error with all findings."""
+    config, findings = examined(recipe, flags)
+    findings += preflight(config)
+    if findings:
+        raise ConfigError(findings)
+    return config
+
+
+def complaints(app: App, words: Sequence[str], unused: Sequence[str], given: Mapping[str, Any]) -> list[str]:
+    """What is wrong with a command line that has words the verb does not know: these, and the settings it does know."""
+    verb, names = _known(app, words)
+    found = []
+    for word in unused:
+        if word.startswith("--"):
+            name = word.partition("=")[0]
+            meant = suggestion(name[2:].replace("-", "_"), [known[2:].replace("-", "_") for known in names])
+            advice = f"did you mean --{meant.replace('_', '-')}?" if meant else f"see {verb} --help"
+            found.append(f"unknown flag {name}; {advice}")
+        elif not found:  # a word after an unknown flag is most likely its value
+            found.append(f"unexpected {word!r}; see {verb} --help")
+    return found + examined(given.get("config"), {name: given[name] for name in given if name in FIELDS})[1]
+
+
+def _known(app: App, words: Sequence[str]) -> tuple[str, list[str]]:
+    path, apps, _ = app.parse_commands(list(words))
+    if apps[-1].default_command is None:
+        return " ".join(["igrpo-lite", *path]), []
+    arguments = apps[-1].assemble_argument_collection()
+    return " ".join(["igrpo-lite", *path]), [name for argument in arguments for name in argument.names]
+
+
+def _flag(name: str) -> inspect.Parameter:
+    field = FIELDS[name]
+    bare, section, few = parts(hint(field))[0], section_of(name), choices(field)
+    group = _MAIN if name in FIRST else Group(section.__doc__ or "", sort_key=2 + SECTIONS.index(section))
+    parameter = Parameter(
+        name=f"--{name.replace('_', '-')}",
+        help=f"{field.description} [choices: {', '.join(few)}]" if few else field.description,
+        group=group,
+        show_default=_defaults(name),
+        converter=None if bare is bool else _typed if is_list(field) else _one,
+        completer=(lambda _: few) if few else None,
+        metavar="CHOICE" if few else None if bare is bool else item_type(field).upper(),
+        n_tokens=None if bare is bool else 1,
+        negative_iterable=(),
+    )
+    kind: Any = bool if bare is bool else list[str] if is_list(field) else str
+    annotation = Annotated[kind | None, parameter]
+    return inspect.Parameter(name, inspect.Parameter.KEYWORD_ONLY, default=None, annotation=annotation)
+
+
+def _typed(_: Any, tokens: Sequence[Token]) -> list[str]:
+    return [token.value for token in tokens]
+
+
+def _one(_: Any, tokens: Sequence[Token]) -> str:
+    return tokens[0].value
+
+
+def _defaults(name: str) -> str | bool:
+    texts = [default_text(FIELDS[name].default)]
+    texts += [f"{model}: {default_text(values[name])}" for model, values in MODEL_DEFAULTS.items() if name in values]
+    return "; ".join(texts) if texts != ["unset"] else False

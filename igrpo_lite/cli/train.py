@@ -1,0 +1,37 @@
+"""``igrpo-lite train``: the main job."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import Annotated, Any
+
+from cyclopts import Parameter
+
+from igrpo_lite.cli.flags import COMMAND, Recipe, checked, settings_flags
+from igrpo_lite.settings import dump
+
+_DUMP = Parameter(
+    help="Print the resolved configuration as a recipe and stop.", negative=(), group=COMMAND, show_default=False
+)
+
+
+def verb() -> Callable[..., None]:
+    """The verb with a flag for every setting."""
+    return settings_flags(train)
+
+
+def train(
+    *,
+    config: Recipe = None,
+    dump_config: Annotated[bool, _DUMP] = False,
+    **settings: Any,
+) -> None:
+    """Train a model. Settings come from flags, then the recipe, then the model's defaults. Running the same command
+    again continues the run."""
+    resolved = checked(config, settings)
+    if dump_config:
+        print(dump(resolved))
+        return
+    from igrpo_lite.training import train as start
+
+    start(resolved)

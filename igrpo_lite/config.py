@@ -1,0 +1,239 @@
+"""One typed configuration: every field has a default, a unit where it needs one, and a sentence.
+
+Keys are flat, in files (YAML) as in flags; the sections below only group them. Names are TRL's and transformers' where
+these have one. Nothing here imports torch, so that a wrong setting is reported at once.
+"""
+
+from __future__ import annotations
+
+from typing import Annotated, Any, Literal
+
+from pydantic import BaseModel, ConfigDict, Field, PositiveFloat, PositiveInt
+
+Fraction = Annotated[float, Field(ge=0.0, le=1.0)]
+Decay = Annotated[float, Field(ge=0.0, lt=1.0)]
+
+
+class Section(BaseModel):
+    """Base of all sections: unknown keys are errors, values are immutable once checked."""
+
+    model_config = ConfigDict(extra="forbid", frozen=True, allow_inf_nan=False)
+
+
+class ModelOptions(Section):
+    """Model and adapter"""
+
+    model: str = Field("tiny", description="`tiny` (bundled), a local folder, or a Hugging Face hub id.")
+    revision: str | None = Field(None, description="Branch, tag or commit of a hub model.")
+    dtype: Literal["auto", "float32", "bfloat16", "float16"] = Field(
+        "auto",
+        description="Type of the frozen weights; `auto`: float32 on CPU, bfloat16 where the GPU has it, else float16.",
+    )
+    device: str = Field("auto", description="`auto`, `cpu`, `cuda`, `cuda:1` or `mps`.")
+    torch_threads: PositiveInt | None = Field(
+        None,
+        description="CPU threads; unset: 1 for models under 50 M parameters (more are slower), torch's choice above.",
+    )
+    lora_r: PositiveInt = Field(16, description="Rank of the LoRA adapter.")
+    lora_alpha: PositiveInt | None = Field(None, description="LoRA alpha; unset: equal to `lora_r` (scale 1).")
+    lora_target_modules: list[str] = Field(
+        ["all-linear"], min_length=1, description="Module names that get an adapter, or `all-linear`."
+    )
+
+
+class DataOptions(Section):
+    """Problems"""
+
+    data: str = Field(
+        "two-step",
+        description="Synthetic set (`two-step`, `multiplication`, `addition`), a JSONL, JSON, CSV or parquet file, "
+        "or a hub data set id.",
+    )
+    data_config: str | None = Field(None, description="Configuration name of a hub data set.")
+    data_split: str = Field("train", description="Split of a hub data set to train on.")
+    question_column: str | None = Field(None, description="Column with the question; unset: found by name.")
+    answer_column: str | None = Field(None, description="Column with the gold answer; unset: found by name.")
+    max_problems: PositiveInt | None = Field(
+        None, description="Use at most this many training problems, drawn by the seed."
+    )
+    max_bad_rows: Annotated[int, Field(ge=0)] = Field(
+        0, description="Rows that may be unreadable before the run refuses to start; they are named and counted."
+    )
+    eval_data: str | None = Field(
+        None,
+        description="Held-out problems, given like `data`; "
+        "unset: the set's own validation split, or rows held out of `data`.",
+    )
+    eval_split: str | None = Field(None, description="Split of `eval_data`, where it is a hub data set.")
+    eval_size: PositiveInt = Field(200, description="Held-out problems used at each evaluation.")
+
+
+class PromptOptions(Section):
+    """Prompts"""
+
+    answer_style: Literal["boxed", "tags"] = Field(
+        "boxed",
+        description="Form asked for and checked: final answer in `\\boxed{}`, or `<think>` and `<answer>` tags.",
+    )
+    system_prompt: str | None = Field(None, description="Text or file; unset: ours for `answer_style`; empty: none.")
+    draft_placement: Literal["plain", "multi-turn"] = Field(
+        "plain", description="Draft inside the user turn (the paper's), or as the assistant's own turn, token by token."
+    )
+    stage2_template: str | None = Field(
+        None,
+        description="User turn of stage 2, text or file, with {question} and {draft}; unset: ours for the placement.",
+    )
+    max_prompt_length: PositiveInt = Field(
+        1024, description="Tokens of a question's prompt; longer ones are left out and counted, never cut."
+    )
+    max_draft_length: PositiveInt | None = Field(
+        None, description="Tokens of a draft shown in stage 2; of a longer one the end is kept and counted. Unset: all."
+    )
+
+
+class RolloutOptions(Section):
+    """Rollouts"""
+
+    algorithm: Literal["grpo", "igrpo", "igrpo-joint"] = Field(
+        "igrpo", description="One stage; the paper's two stages; or two stages where the drafts learn too (ours)."
+    )
+    prompts_per_step: PositiveInt = Field(8, description="Problems per optimizer step.")
+    num_generations: PositiveInt = Field(8, description="Rollouts per problem, both stages together.")
+    num_drafts: PositiveInt | None = Field(None, description="Drafts N of these; unset: half.")
+    num_refinements: PositiveInt | None = Field(None, description="Refinements G of these; unset: the rest.")
+    temperature: PositiveFloat = Field(1.0, description="Sampling temperature of both stages (the paper: 0.7).")
+    draft_temperature: PositiveFloat | None = Field(None, description="Temperature of the drafts, where it differs.")
+    max_completion_length: PositiveInt = Field(
+        768, description="Tokens sampled at most per completion, in either stage."
+    )
+    draft_selection: Literal["best", "random", "worst_formatted"] = Field(
+        "best",
+        description="Draft that stage 2 sees: highest reward (the paper's), any, or the worst that is well-formed.",
+    )
+    draft_tie_break: Literal["first", "random", "shortest"] = Field(
+        "first", description="Choice among drafts of equal reward; drafts are independent, so the first is a fair draw."
+    )
+    truncated_drafts: Literal["last_resort", "allow"] = Field(
+        "last_resort",
+        description="Drafts cut at the length limit: chosen only when all are cut, or treated like others.",
+    )
+    draft_fallback: Literal["none", "plain"] = Field(
+        "none",
+        description="When the chosen draft earned nothing: show it all the same (the paper), or sample without it.",
+    )
+    schedule: Literal["barrier", "overlap"] = Field(
+        "overlap",
+        description="All drafts first, or each problem's refinements as soon as its drafts are scored; same samples.",
+    )
+    max_num_seqs: PositiveInt = Field(128, description="Sequences decoded at the same time.")
+
+
+class RewardOptions(Section):
+    """Rewards"""
+
+    reward_funcs: list[str] = Field(
+        ["accuracy", "format"],
+        min_length=1,
+        description="`accuracy`, `format`, or your own as `path/file.py:function`.",
+    )
+    reward_weights: list[float] | None = Field(
+        None, description="One weight per reward; unset: 1, except 0.1 for `format` (the paper: 1 and 1)."
+    )
+    reward_timeout: PositiveFloat = Field(60.0, description="Seconds one call of your own reward may take.")
+
+
+class UpdateOptions(Section):
+    """Update"""
+
+    tokens: Literal["all"] = Field("all", description="Completion tokens that enter the loss.")
+    loss_type: Literal["grpo"] = Field(
+        "grpo", description="Normalisation: mean over each sequence, then over sequences."
+    )
+    epsilon: Fraction = Field(
+        0.2, description="Clip range of the probability ratio below 1, and above unless `epsilon_high`."
+    )
+    epsilon_high: Annotated[float, Field(ge=0.0)] | None = Field(None, description="Clip range above 1.")
+    beta: Annotated[float, Field(ge=0.0)] = Field(
+        0.0, description="Weight of the KL penalty to the model without adapter."
+    )
+    num_iterations: PositiveInt = Field(1, description="Optimizer steps on the same rollouts.")
+    mask_truncated_completions: bool = Field(
+        False,
+        description="Leave completions cut at the length limit out of the loss (they still count in their group).",
+    )
+    learning_rate: PositiveFloat = Field(
+        1e-5, description="Peak learning rate of the adapter (the paper's 1e-6 is for all weights)."
+    )
+    lr_scheduler_type: Literal["cosine_with_min_lr", "constant", "linear"] = Field(
+        "cosine_with_min_lr", description="Course of the learning rate after the warm-up."
+    )
+    min_lr_rate: Fraction = Field(0.1, description="Lowest learning rate of the cosine, as a share of the peak.")
+    warmup_ratio: Fraction = Field(0.1, description="Share of the steps in which the learning rate rises from 0.")
+    weight_decay: Annotated[float, Field(ge=0.0)] = Field(0.0, description="AdamW weight decay.")
+    adam_beta1: Decay = Field(0.9, description="AdamW beta 1.")
+    adam_beta2: Decay = Field(0.99, description="AdamW beta 2.")
+    max_grad_norm: PositiveFloat = Field(0.2, description="Gradients are clipped to this norm.")
+    update_tokens: PositiveInt = Field(
+        16384, description="Tokens through the model at once in the update: the memory dial."
+    )
+    gradient_checkpointing: bool = Field(
+        False, description="Recompute activations in the backward pass: less memory, slower."
+    )
+
+
+class RunOptions(Section):
+    """The run"""
+
+    output_dir: str | None = Field(None, description="Run folder; unset: `runs/<model>-<data>-<algorithm>`.")
+    fresh: bool = Field(False, description="Start over; the old run folder is kept under another name.")
+    seed: Annotated[int, Field(ge=0, lt=2**31)] = Field(
+        0, description="Fixes data order, adapter and every sampled token."
+    )
+    max_steps: PositiveInt = Field(200, description="Optimizer steps.")
+    max_minutes: PositiveFloat | None = Field(
+        None, description="Stop cleanly after this time; the same command goes on."
+    )
+    save_steps: PositiveInt = Field(20, description="Steps between checkpoints.")
+    save_minutes: PositiveFloat = Field(10.0, description="Minutes after which a checkpoint is due anyhow.")
+    save_total_limit: PositiveInt = Field(2, description="Checkpoints kept.")
+    eval_steps: PositiveInt = Field(50, description="Steps between held-out evaluations.")
+    patience_dead: Annotated[int, Field(ge=0)] = Field(
+        20, description="Stop, with the reason, after this many steps in a row without any learning signal; 0: never."
+    )
+    report_to: list[Literal["wandb", "tensorboard", "trackio"]] = Field(
+        [], description="Trackers to log to, beside the run folder; none needs an account or asks anything."
+    )
+    progress: Literal["auto", "live", "plain", "off"] = Field(
+        "auto", description="Screen: live in a terminal, plain lines elsewhere and in notebooks."
+    )
+    sample_steps: PositiveInt = Field(20, description="Steps between samples shown on the screen.")
+
+
+class RunConfig(RunOptions, UpdateOptions, RewardOptions, RolloutOptions, PromptOptions, DataOptions, ModelOptions):
+    """Everything one training run depends on. Build it with :func:`igrpo_lite.settings.resolve`, which applies the
+    defaults of the model and checks fields against each other."""
+
+
+SECTIONS: tuple[type[Section], ...] = (
+    ModelOptions,
+    DataOptions,
+    PromptOptions,
+    RolloutOptions,
+    RewardOptions,
+    UpdateOptions,
+    RunOptions,
+)
+
+MODEL_DEFAULTS: dict[str, dict[str, Any]] = {
+    "tiny": {
+        "num_generations": 16,
+        "max_completion_length": 48,
+        "learning_rate": 1e-3,
+        "max_grad_norm": 1.0,
+        "max_steps": 40,
+        "eval_steps": 20,
+        "save_steps": 10,
+        "sample_steps": 10,
+    },
+}
+"""Defaults that suit one model better than the general ones; whatever the user sets wins."""

@@ -1,0 +1,51 @@
+"""A causal language model as two parts: the backbone that makes hidden states and the head that makes logits.
+
+Sampling needs logits of the last position only, the loss of completion positions only; running the two parts apart
+keeps every other row out of the head.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+Head = Callable[[Tensor], Tensor]
+
+
+def split_heads(model: nn.Module) -> tuple[nn.Module, Head]:
+    """Backbone and head of a causal language model; ``head(hidden [..., H]) -> logits [..., V]`` in float32.
+
+    Applies the logit scaling and soft-capping of the architectures that have one. :func:`check_split` verifies it.
+    """
+    config = model.config.get_text_config() if hasattr(model.config, "get_text_config") else model.config
+    backbone = model.get_decoder() if hasattr(model, "get_decoder") else model.base_model
+    weight_head = model.get_output_embeddings()
+    divisor = float(getattr(config, "logits_scaling", None) or 1.0)  # Granite
+    factor = float(getattr(config, "logit_scale", None) or 1.0) / divisor  # Cohere
+    cap = getattr(config, "final_logit_softcapping", None)  # Gemma 2
+
+    def head(hidden: Tensor) -> Tensor:
+        logits = weight_head(hidden.to(weight_head.weight.dtype)).float()
+        if factor != 1.0:
+            logits = logits * factor
+        return torch.tanh(logits / cap) * cap if cap else logits
+
+    return backbone, head
+
+
+@torch.no_grad()
+def check_split(model: nn.Module) -> bool:
+    """Whether backbone and head together give the model's own logits on a short probe."""
+    backbone, head = split_heads(model)
+    ids = torch.arange(3, 11, device=next(model.parameters()).device)[None] % model.config.get_text_config().vocab_size
+    ours = head(backbone(input_ids=ids, use_cache=False).last_hidden_state)
+    theirs = model(input_ids=ids, use_cache=False).logits.float()
+    return bool(torch.allclose(ours, theirs, rtol=1e-3, atol=1e-3 * float(theirs.abs().max())))
+
+
+def hidden_states(backbone: nn.Module, **inputs: Any) -> Tensor:
+    """Final hidden states, ``[B, T, H]``."""
+    return backbone(**inputs).last_hidden_state

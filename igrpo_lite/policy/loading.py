@@ -1,0 +1,173 @@
+"""Load the model that learns: frozen weights, a LoRA adapter, a tokenizer."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+from peft import LoraConfig, PeftModel, get_peft_model
+from torch import nn
+from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer, PreTrainedTokenizerBase
+
+from igrpo_lite.config import ModelOptions
+from igrpo_lite.errors import ModelError
+from igrpo_lite.policy.heads import check_split
+from igrpo_lite.tiny import MODEL_DIR
+
+_SMALL_MODEL = 50_000_000
+
+
+@dataclass(slots=True)
+class Policy:
+    """A causal language model with a trainable adapter.
+
+    Attributes:
+        model: PEFT model; only adapter tensors have ``requires_grad``.
+        stop_ids: token ids that end a completion.
+        context_length: tokens of prompt and completion together that the model was made for.
+    """
+
+    model: PeftModel
+    tokenizer: PreTrainedTokenizerBase
+    device: torch.device
+    stop_ids: tuple[int, ...]
+    context_length: int
+
+    def adapter_parameters(self) -> Iterator[tuple[str, nn.Parameter]]:
+        return ((name, p) for name, p in self.model.named_parameters() if p.requires_grad)
+
+
+def model_path(name: str) -> str:
+    """The folder of the bundled model for ``tiny``, anything else as it is."""
+    return str(MODEL_DIR) if name == "tiny" else name
+
+
+def load_policy(options: ModelOptions, seed: int) -> Policy:
+    """Load model and tokenizer and put a fresh LoRA adapter on it, made from ``seed`` alone.
+
+    Raises:
+        ModelError: no such model, not a causal language model, no tokenizer, or not supported.
+    """
+    device = pick_device(options.device)
+    path = model_path(options.model)
+    tokenizer = load_tokenizer(options)
+    model = _load_model(path, options, pick_dtype(options.dtype, device)).to(device)
+    if not check_split(model):
+        raise ModelError(
+            f"model {options.model!r}: {type(model).__name__} does something between its last hidden state and its "
+            "logits that igrpo-lite does not know; please report it with the model's name"
+        )
+    _set_threads(options, model)
+    # Seeded immediately before the adapter is drawn, so that nothing that happens while loading can shift it.
+    torch.manual_seed(seed)
+    targets: Any = options.lora_target_modules
+    config = LoraConfig(
+        r=options.lora_r,
+        lora_alpha=options.lora_alpha or options.lora_r,
+        target_modules="all-linear" if targets == ["all-linear"] else list(targets),
+        task_type="CAUSAL_LM",
+    )
+    try:
+        peft_model = get_peft_model(model, config)
+    except ValueError as error:
+        raise ModelError(f"lora_target_modules: {error}") from error
+    assert isinstance(peft_model, PeftModel)
+    return Policy(peft_model, tokenizer, device, stop_ids(model, tokenizer), context_length(model.config))
+
+
+def load_tokenizer(options: ModelOptions) -> PreTrainedTokenizerBase:
+    """The model's fast tokenizer; raises :class:`ModelError` where there is none."""
+    path = model_path(options.model)
+    try:
+        tokenizer = AutoTokenizer.from_pretrained(path, revision=options.revision)
+    except Exception as error:
+        raise ModelError(f"model {options.model!r}: no usable tokenizer: {_first_line(error)}") from error
+    if tokenizer.eos_token_id is None:
+        raise ModelError(f"model {options.model!r}: its tokenizer has no end-of-sequence token, so nothing would ever end")
+    if tokenizer.pad_token_id is None:
+        tokenizer.pad_token = tokenizer.eos_token
+    return tokenizer
+
+
+def pick_device(name: str) -> torch.device:
+    """``auto`` takes CUDA, then MPS, then the CPU. Raises :class:`ModelError` for a device that is not there."""
+    if name == "auto":
+        return torch.device("cuda" if torch.cuda.is_available() else "mps" if torch.mps.is_available() else "cpu")
+    try:
+        device = torch.device(name)
+        torch.empty(1, device=device)
+    except (RuntimeError, AssertionError) as error:
+        raise ModelError(f"device {name!r} cannot be used: {_first_line(error)}; try device auto") from error
+    return device
+
+
+def pick_dtype(name: str, device: torch.device) -> torch.dtype:
+    """``auto``: bfloat16 on GPUs that compute in it (capability 8.0 and up), float32 elsewhere.
+
+    ``torch.cuda.is_bf16_supported()`` is no guide: it also answers yes where bfloat16 is only emulated.
+    """
+    if name != "auto":
+        return getattr(torch, name)
+    if device.type == "cuda" and torch.cuda.get_device_capability(device) >= (8, 0):
+        return torch.bfloat16
+    return torch.float32
+
+
+def stop_ids(model: nn.Module, tokenizer: PreTrainedTokenizerBase) -> tuple[int, ...]:
+    """End tokens of the generation config and of the tokenizer."""
+    ids = getattr(model.generation_config, "eos_token_id", None)
+    listed = ids if isinstance(ids, list) else [] if ids is None else [ids]
+    return tuple(sorted({*listed, tokenizer.eos_token_id}))
+
+
+def context_length(config: Any) -> int:
+    return int(getattr(config.get_text_config(), "max_position_embeddings", 0) or 2**31)
+
+
+def read_context_length(options: ModelOptions) -> int:
+    """The model's context length from its configuration alone; raises :class:`ModelError` where there is none."""
+    return context_length(_read_config(options))
+
+
+def _load_model(path: str, options: ModelOptions, dtype: torch.dtype) -> Any:
+    config = _read_config(options)
+    _refuse_unsupported(config, options.model)
+    try:
+        return AutoModelForCausalLM.from_pretrained(
+            path, revision=options.revision, config=config, dtype=dtype, attn_implementation="sdpa"
+        )
+    except Exception as error:
+        raise ModelError(f"model {options.model!r} could not be loaded: {_first_line(error)}") from error
+
+
+def _read_config(options: ModelOptions) -> Any:
+    path = model_path(options.model)
+    try:
+        return AutoConfig.from_pretrained(path, revision=options.revision)
+    except Exception as error:
+        where = "" if Path(path).is_dir() else " (not a folder here; as a hub id it could not be loaded)"
+        raise ModelError(f"model {options.model!r}{where}: {_first_line(error)}") from error
+
+
+def _refuse_unsupported(config: Any, name: str) -> None:
+    kinds = set(getattr(config.get_text_config(), "layer_types", None) or ()) - {"full_attention", "sliding_attention"}
+    if kinds:
+        raise ModelError(
+            f"model {name!r}: layers of type {', '.join(sorted(kinds))} keep a recurrent state, which the plain "
+            "sampler cannot share between rollouts; use a model with attention layers only"
+        )
+
+
+def _set_threads(options: ModelOptions, model: nn.Module) -> None:
+    threads = options.torch_threads
+    if threads is None and sum(p.numel() for p in model.parameters()) < _SMALL_MODEL:
+        threads = 1  # with more, waiting for each other costs more than the arithmetic of so small a model
+    if threads is not None:
+        torch.set_num_threads(threads)
+
+
+def _first_line(error: BaseException) -> str:
+    return (str(error).strip().splitlines() or [type(error).__name__])[0]

@@ -1,0 +1,164 @@
+"""What the model reads: system prompt, stage-2 template, chat template; text in, token ids out.
+
+One system prompt serves drafts, refinements and evaluation alike (arXiv 2602.09000, appendix C: its clause about a
+draft is conditional). Stage 2 only changes the user's turn (``plain``) or adds two turns (``multi-turn``).
+"""
+
+from __future__ import annotations
+
+import string
+from collections.abc import Sequence
+from pathlib import Path
+from typing import TYPE_CHECKING, Literal
+
+from igrpo_lite.types import Prompt
+
+if TYPE_CHECKING:
+    from transformers import PreTrainedTokenizerBase
+
+Placement = Literal["plain", "multi-turn"]
+AnswerStyle = Literal["boxed", "tags"]
+
+_DRAFT_CLAUSE = (
+    "If the prompt contains a draft, take it as guidance and not as truth: correct its mistakes, fill its gaps, "
+    "do not repeat it word for word, and give a strictly better solution."
+)
+
+SYSTEM_PROMPTS: dict[AnswerStyle, str] = {
+    "boxed": f"Solve the problem step by step, then put the final answer in \\boxed{{}}. {_DRAFT_CLAUSE}",
+    "tags": (
+        "You are a helpful assistant that gives well reasoned and detailed answers. First think about the problem "
+        "as an internal monologue, then answer, in this form: <think> ... </think> <answer> ... </answer>. "
+        f"{_DRAFT_CLAUSE}"
+    ),
+}
+"""Our wording of the paper's instruction (appendix C), for final answers in a box or in the paper's tags."""
+
+STAGE2_TEMPLATES: dict[Placement, str] = {
+    "plain": "{question}\n\nDraft:\n{draft}\n\nWrite a better solution.",
+    "multi-turn": "Your solution above is a draft. Write a better solution.",
+}
+"""User turn of stage 2. ``plain``: question and draft in one turn (paper, equation 3). ``multi-turn``: the turn that
+follows the draft, which stands as the assistant's own turn."""
+
+PLAIN_CHAT_TEMPLATE = (
+    "{% for message in messages %}{{ message['content'] }}\n\n{% endfor %}{% if add_generation_prompt %}Solution:\n{% endif %}"
+)
+"""Used, and said so, for base models whose tokenizer brings no chat template."""
+
+_MARK = "\u241edraft\u241e"
+
+
+def template_findings(template: str, placement: Placement) -> list[str]:
+    """What is wrong with a stage-2 template: empty when nothing is.
+
+    ``plain`` needs ``{question}`` and then ``{draft}``; ``multi-turn`` needs text and no placeholder, because question
+    and draft already stand before it.
+    """
+    try:
+        fields = [name for _, name, _, _ in string.Formatter().parse(template) if name is not None]
+    except ValueError as error:
+        return [f"stage2_template: {error}; write a literal brace as {{{{ or }}}}"]
+    if placement == "multi-turn":
+        if fields or not template.strip():
+            return ["stage2_template: with draft_placement multi-turn it is a plain sentence without {question} or {draft}"]
+        return []
+    unknown = sorted(set(fields) - {"question", "draft"})
+    findings = [f"stage2_template: unknown placeholder {{{name}}}; it may use {{question}} and {{draft}}" for name in unknown]
+    for name in ("question", "draft"):
+        if fields.count(name) != 1:
+            findings.append(f"stage2_template: must contain {{{name}}} exactly once, found {fields.count(name)}")
+    if not findings and fields != ["question", "draft"]:
+        findings.append("stage2_template: {question} must come before {draft} (the draft follows the original prompt)")
+    return findings
+
+
+def read_text_or_file(value: str) -> str:
+    """A setting that is either the text itself or the path of a file holding it."""
+    if "\n" not in value and len(value) < 1024 and Path(value).is_file():
+        return Path(value).read_text(encoding="utf-8")
+    return value
+
+
+class PromptBuilder:
+    """Renders both stages' prompts with one tokenizer.
+
+    Args:
+        tokenizer: a Hugging Face tokenizer; its chat template is used, or :data:`PLAIN_CHAT_TEMPLATE` where it has none.
+        system_prompt: instruction used in every prompt; empty for none.
+        stage2_template: checked by :func:`template_findings` beforehand.
+        placement: how the draft enters stage 2.
+        max_draft_length: tokens of a draft that are shown at most; of a longer one the end is kept (it holds the answer).
+    """
+
+    def __init__(
+        self,
+        tokenizer: PreTrainedTokenizerBase,
+        system_prompt: str,
+        stage2_template: str,
+        placement: Placement = "plain",
+        max_draft_length: int | None = None,
+    ) -> None:
+        self.tokenizer = tokenizer
+        self.system_prompt = system_prompt
+        self.stage2_template = stage2_template
+        self.placement = placement
+        self.max_draft_length = max_draft_length
+        self.plain_template = not tokenizer.chat_template
+        self._merge_system = not self.plain_template and bool(system_prompt) and not self._accepts_system()
+
+    def first(self, question: str) -> Prompt:
+        """The prompt of drafts, of plain GRPO and of evaluation."""
+        return self._encode(self._render([{"role": "user", "content": question}]))
+
+    def second(self, question: str, first: Prompt, draft_ids: Sequence[int]) -> Prompt:
+        """The prompt of refinements, q' = Concat(q, d) of the paper's equation 3.
+
+        Control tokens of the draft are left out, so that it cannot close the turn it stands in.
+        """
+        kept = self.shown(draft_ids)
+        if self.placement == "multi-turn":
+            return self._second_turn(first, kept)
+        draft = self.tokenizer.decode(kept, skip_special_tokens=True).strip()
+        content = self.stage2_template.format(question=question, draft=draft)
+        return self._encode(self._render([{"role": "user", "content": content}]))
+
+    def shown(self, draft_ids: Sequence[int]) -> tuple[int, ...]:
+        """The part of a draft that stage 2 shows: its last ``max_draft_length`` tokens."""
+        limit = self.max_draft_length
+        return tuple(draft_ids if limit is None or len(draft_ids) <= limit else draft_ids[-limit:])
+
+    def _second_turn(self, first: Prompt, draft_ids: tuple[int, ...]) -> Prompt:
+        # The ids of prompt and draft are kept as they were decoded, never re-tokenised: an engine can re-use their keys
+        # and values. Only the text after the draft is new.
+        question = {"role": "user", "content": _MARK + "?"}
+        messages = [question, {"role": "assistant", "content": _MARK}, {"role": "user", "content": self.stage2_template}]
+        suffix = self._render(messages).rpartition(_MARK)[2]
+        end = self.tokenizer.eos_token or ""
+        if draft_ids and draft_ids[-1] == self.tokenizer.eos_token_id and suffix.startswith(end):
+            suffix = suffix[len(end) :]
+        ids = first.ids + draft_ids + tuple(self.tokenizer.encode(suffix, add_special_tokens=False))
+        return Prompt(self.tokenizer.decode(ids), ids)
+
+    def _accepts_system(self) -> bool:
+        try:  # a template may refuse the role (Gemma) or drop it silently
+            messages = [{"role": "system", "content": _MARK}, {"role": "user", "content": "?"}]
+            return _MARK in self.tokenizer.apply_chat_template(messages, tokenize=False)
+        except Exception:
+            return False
+
+    def _render(self, messages: list[dict[str, str]]) -> str:
+        if self.system_prompt and self._merge_system:
+            head = {"role": "user", "content": f"{self.system_prompt}\n\n{messages[0]['content']}"}
+            messages = [head, *messages[1:]]
+        elif self.system_prompt:
+            messages = [{"role": "system", "content": self.system_prompt}, *messages]
+        template = PLAIN_CHAT_TEMPLATE if self.plain_template else None
+        return self.tokenizer.apply_chat_template(
+            messages, tokenize=False, add_generation_prompt=True, chat_template=template
+        )
+
+    def _encode(self, text: str) -> Prompt:
+        # A chat template writes its own special tokens; only our plain one relies on the tokenizer's.
+        ids = self.tokenizer.encode(text, add_special_tokens=self.plain_template)
+        return Prompt(text, tuple(ids))

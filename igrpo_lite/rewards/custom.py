@@ -1,0 +1,284 @@
+"""A user's own reward: found by ``path/file.py:function`` or ``package.module:function``, called by its signature.
+
+Two forms are understood. TRL's: ``f(completions, answer, **kwargs)`` gets lists, one entry per completion, and returns
+a list of as many numbers or ``None`` (as ``GRPOTrainer._calculate_rewards`` has it; completions are plain strings). The
+simple one, known by its first parameter being called ``completion``: ``f(completion, answer)`` gets one entry of each
+and returns one number or ``None``. Both may be ``async``. A function gets those of the offered arguments that its
+signature names, or all with ``**kwargs``.
+
+Runs inside the worker process too, so nothing but the standard library is imported here.
+"""
+
+from __future__ import annotations
+
+import ast
+import difflib
+import importlib
+import importlib.util
+import inspect
+import math
+import os
+import sys
+import traceback
+from collections.abc import Callable, Iterable, Mapping, Sequence
+from dataclasses import dataclass
+from importlib.machinery import PathFinder
+from pathlib import Path
+from types import ModuleType
+from typing import Any
+
+from igrpo_lite.errors import RewardError
+
+_SINGULAR = {"completions": "completion", "prompts": "prompt"}
+
+
+@dataclass(frozen=True, slots=True)
+class UserFunction:
+    """An imported reward function and how it wants to be called."""
+
+    spec: str
+    call: Callable[..., Any]
+    scalar: bool
+    concurrent: bool
+    takes: frozenset[str] | None
+    """Names of its parameters; ``None`` when it takes any (``**kwargs``)."""
+    required: tuple[str, ...]
+
+
+def split_spec(spec: str) -> tuple[str, str]:
+    """``path/file.py:function`` as its two halves; the last colon counts (a Windows path has one of its own)."""
+    place, _, name = spec.rpartition(":")
+    return place.strip(), name.strip()
+
+
+def is_file_spec(place: str) -> bool:
+    return place.endswith(".py") or "/" in place or os.sep in place
+
+
+def find_function_error(spec: str) -> str | None:
+    """What is wrong with the place of a user's reward, without importing it; ``None`` when nothing is to be seen."""
+    place, name = split_spec(spec)
+    if not place or not name.isidentifier():
+        return f"reward_funcs: {spec!r} names no function; write it as path/file.py:function"
+    if is_file_spec(place):
+        path: Path | None = Path(place).expanduser()
+        if path is not None and not path.is_file():
+            return f"reward_funcs: no file {place} (looked in {Path.cwd()}); give its path from here, or the full path"
+    else:
+        path, error = _module_file(place)
+        if error:
+            return f"reward_funcs: {spec}: {error}"
+    return _definition_error(path, place, name) if path is not None else None
+
+
+def _module_file(module: str) -> tuple[Path | None, str | None]:
+    """The source of a module, found without importing any of its parents (None where it cannot be known so)."""
+    head, *rest = module.split(".")
+    search: list[str] | None = [*sys.path, os.getcwd()]
+    for depth, part in enumerate([head, *rest]):
+        if not part.isidentifier():
+            return None, f"{module!r} is no module name; a file is given by its path with .py"
+        try:
+            found = PathFinder.find_spec(part, search)
+        except (ImportError, ValueError):
+            return None, None
+        if found is None:
+            where = "" if depth == 0 else f" in {'.'.join([head, *rest][:depth])}"
+            return None, f"no module {part}{where}; install it, or give a file as path/file.py:function"
+        if depth == len(rest):
+            return (Path(found.origin) if found.origin and found.origin.endswith(".py") else None), None
+        if found.submodule_search_locations is None:
+            return None, f"{part} is a module, not a package, and holds no {rest[depth]}"
+        search = list(found.submodule_search_locations)
+    return None, None
+
+
+def _definition_error(path: Path, place: str, name: str) -> str | None:
+    try:
+        tree = ast.parse(path.read_bytes(), filename=str(path))
+    except SyntaxError as error:
+        return f"reward_funcs: {place}, line {error.lineno}: {error.msg}; the file is not valid Python"
+    except (OSError, ValueError) as error:
+        return f"reward_funcs: {place} cannot be read: {error}"
+    names, complete = _defined(tree.body)
+    if name in names or not complete:
+        return None
+    close = difflib.get_close_matches(name, names, n=1)
+    functions = sorted(name for name, is_function in names.items() if is_function)
+    hint = f"did you mean {close[0]}?" if close else f"it defines {', '.join(functions[:8]) or 'no function'}"
+    return f"reward_funcs: no function {name} in {place}; {hint}"
+
+
+def _defined(body: Iterable[ast.stmt]) -> tuple[dict[str, bool], bool]:
+    """Top-level names of a module (True: a function), and whether these are all that there can be."""
+    names: dict[str, bool] = {}
+    complete = True
+    for node in body:
+        if isinstance(node, (ast.FunctionDef, ast.AsyncFunctionDef)):
+            names[node.name] = True
+        elif isinstance(node, ast.ClassDef):
+            names[node.name] = False
+        elif isinstance(node, (ast.Import, ast.ImportFrom)):
+            names.update({(alias.asname or alias.name).split(".")[0]: False for alias in node.names})
+            complete = complete and all(alias.name != "*" for alias in node.names)
+        elif isinstance(node, (ast.Assign, ast.AnnAssign)):
+            targets = node.targets if isinstance(node, ast.Assign) else [node.target]
+            names.update(
+                {part.id: False for target in targets for part in ast.walk(target) if isinstance(part, ast.Name)}
+            )
+        elif isinstance(node, (ast.If, ast.Try, ast.With, ast.For, ast.While)):
+            compound = (ast.If, ast.Try, ast.With, ast.For, ast.While)
+            more, all_known = _defined(
+                child for child in ast.walk(node) if isinstance(child, ast.stmt) and not isinstance(child, compound)
+            )
+            names.update(more)
+            complete = complete and all_known
+    return names, complete and "__getattr__" not in names
+
+
+def load_function(spec: str) -> UserFunction:
+    """Imports the user's function. Raises :class:`RewardError` with the traceback's end when that fails."""
+    place, name = split_spec(spec)
+    try:
+        module = _load_file(Path(place).expanduser()) if is_file_spec(place) else importlib.import_module(place)
+    except BaseException as error:
+        if isinstance(error, KeyboardInterrupt):
+            raise
+        raise RewardError(
+            f"reward {spec} cannot be imported; mend the file:\n{last_lines(traceback.format_exc())}"
+        ) from error
+    call = getattr(module, name, None)
+    if not callable(call):
+        found = "nothing of that name" if call is None else f"a {type(call).__name__}"
+        raise RewardError(f"reward {spec}: {place} holds {found}, not a function {name}")
+    return _examine(spec, call)
+
+
+def _load_file(path: Path) -> ModuleType:
+    path = path.resolve()
+    module_name = f"igrpo_lite_reward_{path.stem}_{abs(hash(str(path)))}"
+    if module_name in sys.modules:
+        return sys.modules[module_name]
+    if str(path.parent) not in sys.path:
+        sys.path.insert(0, str(path.parent))  # so that the file can import its neighbours
+    found = importlib.util.spec_from_file_location(module_name, path)
+    if found is None or found.loader is None:
+        raise ImportError(f"{path} is not a Python file")
+    module = importlib.util.module_from_spec(found)
+    sys.modules[module_name] = module  # before running it: dataclasses and pickle look their module up
+    try:
+        found.loader.exec_module(module)
+    except BaseException:
+        del sys.modules[module_name]
+        raise
+    return module
+
+
+def _examine(spec: str, call: Callable[..., Any]) -> UserFunction:
+    try:
+        parameters = list(inspect.signature(call).parameters.values())
+    except (TypeError, ValueError) as error:
+        raise RewardError(f"reward {spec}: its signature cannot be read ({error}); wrap it in a def") from error
+    named = [p for p in parameters if p.kind in (p.POSITIONAL_OR_KEYWORD, p.KEYWORD_ONLY)]
+    if any(p.kind is p.POSITIONAL_ONLY and p.default is p.empty for p in parameters):
+        raise RewardError(f"reward {spec}: it has positional-only parameters, but is called by name; remove the /")
+    takes_all = any(p.kind is p.VAR_KEYWORD for p in parameters)
+    takes = None if takes_all else frozenset(p.name for p in named)
+    required = tuple(p.name for p in named if p.default is p.empty)
+    scalar = bool(named) and named[0].name == "completion"
+    is_async = inspect.iscoroutinefunction(call) or inspect.iscoroutinefunction(type(call).__call__)
+    return UserFunction(spec, call, scalar, is_async or not scalar, takes, required)
+
+
+def run_function(
+    function: UserFunction, columns: Mapping[str, Sequence[Any]], count: int, wait: Callable[[Any], Any]
+) -> list[float | None]:
+    """Calls the function on ``count`` completions and checks what it returns.
+
+    Args:
+        columns: lists of ``count`` entries: ``prompts``, ``completions``, ``completion_ids``, the row's columns.
+        wait: runs an awaitable to its end and returns its result.
+
+    Raises:
+        RewardError: parameters that the data does not have, a wrong count, or values that are not finite numbers.
+    """
+    if not function.scalar:
+        result = function.call(**_arguments(function, dict(columns)))
+        return checked_values(function.spec, wait(result) if inspect.isawaitable(result) else result, count)
+    renamed = {_SINGULAR.get(name, name): column for name, column in columns.items()}
+    results = [
+        function.call(**_arguments(function, {name: column[index] for name, column in renamed.items()}))
+        for index in range(count)
+    ]
+    if any(inspect.isawaitable(result) for result in results):
+        results = wait(_gathered(results))
+    return [checked_value(function.spec, value) for value in results]
+
+
+async def _gathered(awaitables: Sequence[Any]) -> list[Any]:
+    import asyncio
+
+    return list(await asyncio.gather(*awaitables))
+
+
+def _ignore(*_: Any, **__: Any) -> None:
+    """TRL's ``log_extra`` and ``log_metric``: accepted, so that such functions run; nothing is logged."""
+
+
+def _arguments(function: UserFunction, offered: dict[str, Any]) -> dict[str, Any]:
+    offered = {**offered, "log_extra": _ignore, "log_metric": _ignore}
+    if missing := [name for name in function.required if name not in offered]:
+        names = sorted(set(offered) - {"log_extra", "log_metric"})
+        close = difflib.get_close_matches(missing[0], names, n=1)
+        hint = f"did you mean {close[0]}? " if close else ""
+        raise RewardError(
+            f"reward {function.spec} asks for {', '.join(missing)}, which the data does not have; {hint}"
+            f"There is {', '.join(names)}. Rename the parameter, or give it a default"
+        )
+    return offered if function.takes is None else {name: offered[name] for name in function.takes & offered.keys()}
+
+
+def checked_values(spec: str, result: Any, count: int) -> list[float | None]:
+    """A returned list as floats and ``None``. Raises :class:`RewardError` for a wrong type, count or value."""
+    if hasattr(result, "tolist") and not isinstance(result, (list, tuple)):
+        result = result.tolist()  # numpy, torch
+    if not isinstance(result, (list, tuple)):
+        raise RewardError(
+            f"reward {spec} returned {_shown(result)}, expected a list of {count} numbers, one per completion "
+            "(to score one completion at a time, call the first parameter `completion`)"
+        )
+    if len(result) != count:
+        raise RewardError(
+            f"reward {spec} returned {len(result)} values for {count} completions; return one number (or None) for each"
+        )
+    return [checked_value(spec, value) for value in result]
+
+
+def checked_value(spec: str, value: Any) -> float | None:
+    """One returned value as a float, or ``None`` (no opinion). Raises :class:`RewardError` for anything else."""
+    if value is None:
+        return None
+    number: float | None = None
+    if not isinstance(value, (str, bytes, bytearray)):
+        try:
+            number = float(value)
+        except (TypeError, ValueError, OverflowError, RuntimeError):
+            number = None
+    if number is None or not math.isfinite(number):
+        raise RewardError(
+            f"reward {spec} returned {_shown(value)}, expected a finite number; return None where it has no opinion"
+        )
+    return number
+
+
+def _shown(value: Any) -> str:
+    try:
+        text = repr(value)
+    except Exception:
+        text = "a value"
+    return f"{text if len(text) <= 60 else text[:57] + '...'} ({type(value).__name__})"
+
+
+def last_lines(text: str, count: int = 6) -> str:
+    """The end of a traceback, which says where and what."""
+    return "\n".join(text.rstrip().splitlines()[-count:])

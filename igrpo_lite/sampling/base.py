@@ -1,0 +1,58 @@
+"""The protocol between the algorithms and whatever generates tokens.
+
+A sampler is event-driven: each finished completion is handed to ``on_finished`` at once, and the requests that this
+returns join the batch that is still decoding. That is what lets a problem's refinements start while other problems are
+still drafting.
+"""
+
+from __future__ import annotations
+
+import hashlib
+from collections.abc import Callable, Iterable, Sequence
+from dataclasses import dataclass
+from typing import Protocol
+
+from igrpo_lite.types import Completion, Prompt
+
+
+@dataclass(frozen=True, slots=True, eq=False)
+class Request:
+    """One completion to sample.
+
+    Attributes:
+        prompt: what to continue; requests with equal prompt ids share its prefill.
+        seed: fixes this completion whatever else is in the batch (see :func:`request_seed`).
+        max_tokens: token limit; reaching it makes a truncated completion.
+        temperature: 0 decodes greedily.
+        tag: the caller's own label, handed back untouched.
+    """
+
+    prompt: Prompt
+    seed: int
+    max_tokens: int
+    temperature: float = 1.0
+    tag: object = None
+
+
+OnFinished = Callable[[Request, Completion], Iterable[Request]]
+
+
+class Sampler(Protocol):
+    """Samples completions from the policy, pure temperature sampling without top-p, top-k or min-p."""
+
+    def run(self, requests: Sequence[Request], on_finished: OnFinished | None = None) -> list[Completion]:
+        """Completions of ``requests``, in their order; those of follow-up requests reach ``on_finished`` only."""
+        ...
+
+    def load_adapter(self) -> None:
+        """Take over the policy's current adapter weights; call after every optimizer step."""
+        ...
+
+
+def request_seed(*path: object) -> int:
+    """A 63-bit seed from what identifies a request: run seed, step, problem id, stage, index.
+
+    A hash, so that neighbouring paths share nothing, and independent of Python's hash randomisation.
+    """
+    digest = hashlib.blake2b("\x1f".join(map(str, path)).encode(), digest_size=8).digest()
+    return int.from_bytes(digest, "little") >> 1

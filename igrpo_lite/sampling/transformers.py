@@ -1,0 +1,248 @@
+"""A plain sampler on transformers models, for CPU, CUDA and MPS.
+
+Faster than ``generate()`` where rollouts of a group are sampled: each prompt is prefilled once however many completions
+it gets, finished sequences leave the batch at once, and waiting or follow-up requests take their place.
+"""
+
+from __future__ import annotations
+
+from collections import Counter, deque
+from collections.abc import Sequence
+from itertools import groupby
+from typing import Any
+
+import numpy as np
+import torch
+from torch import Tensor
+from torch.nn.functional import pad
+from transformers import DynamicCache, PreTrainedTokenizerBase
+
+from igrpo_lite.policy.heads import split_heads
+from igrpo_lite.sampling.base import OnFinished, Request
+from igrpo_lite.sampling.replica import Replica
+from igrpo_lite.sampling.slots import PrefixKV, SlotCache
+from igrpo_lite.types import Completion
+
+_PREFILL_TOKENS = 8192
+_LAST_UNIFORM = 1.0 - 2.0**-22  # below 1 also after rounding to float32, so that inversion never passes the last token
+
+
+class TransformersSampler:
+    """Implements :class:`igrpo_lite.sampling.base.Sampler` on the policy's own transformers model.
+
+    Results depend on a request's seed and prompt only, not on what else is in the batch (up to floating-point ties
+    between batch shapes). Counters ``decode_steps``, ``sampled_tokens`` and ``prefill_tokens`` accumulate.
+
+    Args:
+        replica: gives the module to run and follows the policy's adapter.
+        tokenizer: decodes completions.
+        stop_ids: tokens that end a completion.
+        max_num_seqs: sequences decoded at the same time.
+    """
+
+    def __init__(
+        self, replica: Replica, tokenizer: PreTrainedTokenizerBase, stop_ids: Sequence[int], max_num_seqs: int = 128
+    ) -> None:
+        self.replica = replica
+        self.tokenizer = tokenizer
+        self.max_num_seqs = max_num_seqs
+        self.device = replica.device
+        self.stop_ids = torch.tensor(sorted(set(stop_ids)), device=self.device)
+        self.decode_steps = 0
+        self.sampled_tokens = 0
+        self.prefill_tokens = 0
+
+    def load_adapter(self) -> None:
+        self.replica.refresh()
+
+    @torch.no_grad()
+    def run(self, requests: Sequence[Request], on_finished: OnFinished | None = None) -> list[Completion]:
+        with self.replica as model:
+            return _Run(self, model, on_finished).drain(requests)
+
+
+class _Run:
+    """One call of :meth:`TransformersSampler.run`: the waiting queue and the batch being decoded."""
+
+    def __init__(self, sampler: TransformersSampler, model: torch.nn.Module, on_finished: OnFinished | None) -> None:
+        self.sampler = sampler
+        self.on_finished = on_finished
+        self.backbone, self.head = split_heads(model)
+        self.windows = _attention_windows(model.config.get_text_config())
+        self.device = sampler.device
+        self.cache = SlotCache(sampler.max_num_seqs, self.device)
+        self.waiting: deque[Request] = deque()
+        self.wanted: Counter[tuple[int, ...]] = Counter()  # waiting requests by prompt
+        self.prefixes: dict[tuple[int, ...], tuple[PrefixKV, Tensor]] = {}
+        self.rows = _Rows(sampler.max_num_seqs, self.device)
+        self.completions: dict[int, Completion] = {}
+
+    def drain(self, requests: Sequence[Request]) -> list[Completion]:
+        self.submit(requests)
+        while self.waiting or self.cache.live:
+            free = self.sampler.max_num_seqs - self.cache.live
+            # Joining costs a forward pass of its own, so single free slots are gathered while others still decode.
+            if self.waiting and (not self.cache.live or free >= min(len(self.waiting), self.sampler.max_num_seqs // 8 + 1)):
+                self.admit(free)
+            else:
+                self.step()
+            self.collect()
+        return [self.completions[id(request)] for request in requests]
+
+    def submit(self, requests: Sequence[Request]) -> None:
+        self.waiting.extend(requests)
+        self.wanted.update(request.prompt.ids for request in requests)
+
+    def admit(self, free: int) -> None:
+        """Prefill waiting prompts and sample the first token of their completions."""
+        taken = [self.waiting.popleft() for _ in range(min(free, len(self.waiting)))]
+        self.prefill(taken)
+        logits = []
+        for ids, group in groupby(request.prompt.ids for request in taken):
+            count = len(list(group))
+            prefix, last = self.prefixes[ids]
+            self.cache.append(prefix, count)
+            logits.append(last.expand(count, -1))
+            self.wanted[ids] -= count
+            if not self.wanted[ids]:
+                del self.wanted[ids], self.prefixes[ids]
+        self.rows.append(taken)
+        self.rows.sample(torch.cat(logits), slice(self.cache.live - len(taken), self.cache.live))
+
+    def prefill(self, requests: Sequence[Request]) -> None:
+        """Keys, values and last logits of every prompt that is not held yet, right-padded, in bounded chunks."""
+        longest: dict[tuple[int, ...], int] = {}
+        for request in (*requests, *self.waiting):
+            ids = request.prompt.ids
+            longest[ids] = max(longest.get(ids, 0), len(ids) + request.max_tokens)
+        prompts = sorted({request.prompt.ids for request in requests} - self.prefixes.keys(), key=len)
+        reserve = max(longest.values())
+        while prompts:
+            rows = max(1, _PREFILL_TOKENS // len(prompts[0]))
+            chunk, prompts = prompts[:rows], prompts[rows:]
+            width = len(chunk[-1])
+            ids = torch.zeros(len(chunk), width, dtype=torch.long)
+            for row, prompt in enumerate(chunk):
+                ids[row, : len(prompt)] = torch.tensor(prompt)
+            cache = DynamicCache()  # without the model's configuration: sliding layers then keep every token, as slots do
+            inputs: dict[str, Any] = {"input_ids": ids.to(self.device), "past_key_values": cache, "use_cache": True}
+            hidden = self.backbone(**inputs).last_hidden_state  # causal: what pads on the right cannot be seen
+            ends = torch.tensor([len(prompt) - 1 for prompt in chunk], device=self.device)
+            logits = self.head(hidden[torch.arange(len(chunk), device=self.device), ends])
+            for row, prompt in enumerate(chunk):
+                self.prefixes[prompt] = (PrefixKV(cache, row, len(prompt), reserve), logits[row])
+            self.sampler.prefill_tokens += int(ends.sum()) + len(chunk)
+
+    def step(self) -> None:
+        """One more token for every live row."""
+        cache, live = self.cache, self.cache.live
+        masks = {kind: cache.mask(window) for kind, window in self.windows.items()}
+        mask: Any = masks if len(masks) > 1 else next(iter(masks.values()))
+        output = self.backbone(
+            input_ids=self.rows.last[:live, None],
+            position_ids=cache.positions,
+            attention_mask=mask,
+            past_key_values=cache,
+            use_cache=True,
+        )
+        cache.advance()
+        self.rows.sample(self.head(output.last_hidden_state[:, -1]), slice(0, live))
+        self.sampler.decode_steps += 1
+
+    def collect(self) -> None:
+        """Take finished rows out of the batch and hand them over."""
+        rows, live = self.rows, self.cache.live
+        stopped = torch.isin(rows.last[:live], self.sampler.stop_ids)
+        ended = (stopped | (rows.count[:live] >= rows.limit[:live])).nonzero()[:, 0].tolist()
+        if not ended:
+            return
+        finished = [(rows.requests[row], self.completion(row, bool(stopped[row]))) for row in ended]
+        moves = _moves(ended, live)
+        self.rows.remove(moves, live - len(ended))
+        self.cache.remove(moves, live - len(ended))
+        for request, completion in finished:
+            self.completions[id(request)] = completion
+            if self.on_finished is not None:
+                self.submit(list(self.on_finished(request, completion)))
+
+    def completion(self, row: int, stopped: bool) -> Completion:
+        count = int(self.rows.count[row])
+        self.sampler.sampled_tokens += count
+        ids = self.rows.ids[row, :count].tolist()
+        text = self.sampler.tokenizer.decode(ids, skip_special_tokens=True)
+        logprobs = tuple(self.rows.logprobs[row, :count].tolist())
+        return Completion(tuple(ids), text, logprobs, "stop" if stopped else "length")
+
+
+class _Rows:
+    """What each slot has sampled so far, and the random numbers it will use."""
+
+    def __init__(self, num_slots: int, device: torch.device) -> None:
+        self.device = device
+        self.requests: list[Request] = []
+        self.last = torch.zeros(num_slots, dtype=torch.long, device=device)
+        self.count = torch.zeros(num_slots, dtype=torch.long, device=device)
+        self.limit = torch.zeros(num_slots, dtype=torch.long, device=device)
+        self.temperature = torch.ones(num_slots, device=device)
+        self.ids = torch.zeros(num_slots, 0, dtype=torch.long, device=device)
+        self.logprobs = torch.zeros(num_slots, 0, device=device)
+        self.uniforms = torch.zeros(num_slots, 0, device=device)
+
+    def append(self, requests: Sequence[Request]) -> None:
+        longest = max(request.max_tokens for request in requests)
+        if longest > self.ids.shape[1]:
+            more = (0, longest - self.ids.shape[1])
+            self.ids, self.logprobs, self.uniforms = (pad(t, more) for t in (self.ids, self.logprobs, self.uniforms))
+        new = slice(len(self.requests), len(self.requests) + len(requests))
+        self.requests.extend(requests)
+        self.count[new] = 0
+        self.limit[new] = torch.tensor([request.max_tokens for request in requests], device=self.device)
+        self.temperature[new] = torch.tensor([request.temperature for request in requests], device=self.device)
+        uniforms = np.zeros((len(requests), self.uniforms.shape[1]), dtype=np.float32)
+        for row, request in enumerate(requests):
+            # Philox is counter-based: one independent, portable stream a seed, whatever the batch or device.
+            uniforms[row, : request.max_tokens] = np.random.Generator(np.random.Philox(key=request.seed)).random(
+                request.max_tokens
+            )
+        self.uniforms[new] = torch.from_numpy(uniforms).to(self.device).clamp_(max=_LAST_UNIFORM)
+
+    def sample(self, logits: Tensor, rows: slice) -> None:
+        """Next token of ``rows`` from logits ``[rows, V]``, by inversion of the distribution function."""
+        temperature = self.temperature[rows, None]
+        greedy = temperature == 0
+        logprobs = torch.log_softmax(logits / torch.where(greedy, 1.0, temperature), dim=-1)
+        column = self.count[rows, None]
+        cdf = torch.cumsum(logprobs.exp(), dim=-1)
+        drawn = torch.searchsorted(cdf, self.uniforms[rows].gather(1, column) * cdf[:, -1:], right=True)
+        drawn = drawn.clamp_(max=logits.shape[-1] - 1)
+        token = torch.where(greedy, logits.argmax(dim=-1, keepdim=True), drawn)
+        self.ids[rows] = self.ids[rows].scatter(1, column, token)
+        self.logprobs[rows] = self.logprobs[rows].scatter(1, column, logprobs.gather(1, token))
+        self.last[rows] = token[:, 0]
+        self.count[rows] += 1
+
+    def remove(self, moves: Sequence[tuple[int, int]], live: int) -> None:
+        if moves:
+            source, target = torch.tensor(moves, device=self.device).T
+            for state in (self.last, self.count, self.limit, self.temperature, self.ids, self.logprobs, self.uniforms):
+                state[target] = state[source]
+            for old, new in moves:
+                self.requests[new] = self.requests[old]
+        del self.requests[live:]
+
+
+def _moves(ended: Sequence[int], live: int) -> list[tuple[int, int]]:
+    """Which surviving rows at the back fill which holes in front, as (source, target)."""
+    kept = live - len(ended)
+    gone = set(ended)
+    sources = [row for row in range(kept, live) if row not in gone]
+    return list(zip(sources, [row for row in ended if row < kept], strict=True))
+
+
+def _attention_windows(config: Any) -> dict[str, int | None]:
+    """Attention window by layer type (``None``: everything before); one entry where all layers are alike."""
+    window = getattr(config, "sliding_window", None)
+    kinds = set(getattr(config, "layer_types", None) or [])
+    if not kinds:
+        return {"all": window}
+    return {kind: window if kind == "sliding_attention" else None for kind in sorted(kinds)}

@@ -1,0 +1,230 @@
+"""From what the user gave to one checked configuration; every finding is reported at once.
+
+Flags win over the recipe file, the file over the defaults of the model, these over the general defaults.
+:func:`resolve` looks at values only; :func:`preflight` also opens the files that they name. Neither imports torch.
+"""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Collection, Mapping
+from typing import Any, get_origin
+
+from pydantic import ValidationError
+
+from igrpo_lite.config import MODEL_DEFAULTS, RunConfig
+from igrpo_lite.errors import ConfigError
+from igrpo_lite.fields import FIELDS, allowed, choices, hint, is_list, nearest, parts
+from igrpo_lite.recipe_file import dump, load_file
+
+__all__ = ["RESUMABLE", "differences", "dump", "examine", "load_file", "merge", "preflight", "resolve", "suggestion"]
+
+RESUMABLE: frozenset[str] = frozenset(
+    {
+        "fresh",
+        "output_dir",
+        "max_steps",
+        "max_minutes",
+        "save_steps",
+        "save_minutes",
+        "save_total_limit",
+        "report_to",
+        "progress",
+        "sample_steps",
+    }
+)
+"""Settings that may differ when a run folder is continued: none of them changes what was already computed."""
+
+_ROLLOUTS = ("num_generations", "num_drafts", "num_refinements")
+
+_ELSEWHERE = {
+    "model_name_or_path": "model",
+    "dataset_name": "data",
+    "dataset": "data",
+    "train_batch_size": "prompts_per_step",
+    "per_device_train_batch_size": "prompts_per_step",
+    "gradient_accumulation_steps": "update_tokens",
+    "num_train_epochs": "max_steps",
+    "epochs": "max_steps",
+    "max_new_tokens": "max_completion_length",
+    "max_tokens": "max_completion_length",
+    "lr": "learning_rate",
+    "lora_rank": "lora_r",
+    "rank": "lora_r",
+}
+"""Names of other trainers for what is close to one of ours but spelt too differently for the nearest name."""
+
+
+def resolve(given: Mapping[str, Any]) -> RunConfig:
+    """The configuration for the given settings, by field name; raises :class:`ConfigError` with all findings."""
+    config, findings = examine(given)
+    if findings:
+        raise ConfigError(findings)
+    return config
+
+
+def examine(given: Mapping[str, Any]) -> tuple[RunConfig, list[str]]:
+    """The configuration and everything that is wrong with the given settings.
+
+    A setting that is wrong stands at its default in the configuration, so that further checks can still be made.
+    """
+    known, findings = _split_unknown({str(key).replace("-", "_"): value for key, value in given.items()})
+    values: dict[str, Any] = {name: _plain(name, value) for name, value in known.items()}
+    bad, complaints = _field_findings(values)
+    findings += complaints
+    good = {name: value for name, value in values.items() if name not in bad}
+    defaults = MODEL_DEFAULTS.get(good.get("model", FIELDS["model"].default), {})
+    config = RunConfig.model_validate({**defaults, **good})
+    split, complaints = _rollouts(config, {name for name in good if good[name] is not None}, bad)
+    findings += complaints
+    config = config.model_copy(update=split)
+    return config, findings + _cross_findings(config, bad)
+
+
+def merge(file: Mapping[str, Any], flags: Mapping[str, Any]) -> dict[str, Any]:
+    """A recipe's settings with the flags over them.
+
+    The three counts of rollouts depend on each other: a flag for one of them, or another algorithm, also takes back
+    what the file says about those that follow from it.
+    """
+    stale: set[str] = set()
+    if any(name in flags for name in _ROLLOUTS) or flags.get("algorithm") == "grpo":
+        stale |= {"num_drafts", "num_refinements"}
+    if {"num_drafts", "num_refinements"} <= flags.keys():
+        stale.add("num_generations")
+    kept = {key: value for key, value in file.items() if str(key).replace("-", "_") not in stale | flags.keys()}
+    return {**kept, **flags}
+
+
+def preflight(config: RunConfig) -> list[str]:
+    """What is wrong with the files, folders and functions that a configuration names; loads no model."""
+    from igrpo_lite import checks
+
+    return checks.findings(config)
+
+
+def differences(old: RunConfig, new: RunConfig) -> dict[str, tuple[Any, Any]]:
+    """The settings in which two configurations differ, as (old, new). Those in :data:`RESUMABLE` do not keep a run
+    folder from being continued."""
+    pairs = {name: (getattr(old, name), getattr(new, name)) for name in FIELDS}
+    return {name: pair for name, pair in pairs.items() if pair[0] != pair[1]}
+
+
+def suggestion(name: str, names: Collection[str] = FIELDS) -> str | None:
+    """The setting among ``names`` that was most likely meant by one that does not exist."""
+    elsewhere = _ELSEWHERE.get(name)
+    return elsewhere if elsewhere in names else nearest(name, names)
+
+
+def _split_unknown(given: Mapping[str, Any]) -> tuple[dict[str, Any], list[str]]:
+    known = {name: value for name, value in given.items() if name in FIELDS}
+    near = {name: suggestion(name) for name in given if name not in FIELDS}
+    return known, [f"unknown setting {name}" + (f"; did you mean {near[name]}?" if near[name] else "") for name in near]
+
+
+def _plain(name: str, value: Any) -> Any:
+    """A value as Python has it: flags and YAML also write lists with commas, and nothing as ``none``."""
+    bare, _, optional = parts(hint(FIELDS[name]))
+    if value == "none" and bare is not str and (optional or name == "report_to"):
+        return None if optional else []
+    if is_list(FIELDS[name]) and isinstance(value, (str, list, tuple)):
+        items = [value] if isinstance(value, str) else value
+        pieces = [piece for item in items for piece in (item.split(",") if isinstance(item, str) else [item])]
+        return [piece.strip() if isinstance(piece, str) else piece for piece in pieces if piece != ""]
+    if isinstance(value, str) and bare is not str and get_origin(bare) is None:
+        return value.strip()
+    return value
+
+
+def _field_findings(values: Mapping[str, Any]) -> tuple[set[str], list[str]]:
+    bad = {
+        # pydantic would take true for 1
+        name
+        for name, value in values.items()
+        if isinstance(value, bool) and parts(hint(FIELDS[name]))[0] in (int, float)
+    }
+    try:
+        RunConfig.model_validate(dict(values))
+    except ValidationError as error:
+        bad |= {str(detail["loc"][0]) for detail in error.errors(include_url=False)}
+    return bad, [_complaint(name, values[name]) for name in values if name in bad]
+
+
+def _complaint(name: str, value: Any) -> str:
+    near = nearest(str(value), choices(FIELDS[name])) if not isinstance(value, list) else None
+    shown = (
+        "nothing"
+        if value is None
+        else repr(value)
+        if isinstance(value, str)
+        else str(value).lower()
+        if isinstance(value, bool)
+        else str(value)
+    )
+    quotes = "; write it in quotes" if parts(hint(FIELDS[name]))[0] is str and isinstance(value, (int, float)) else ""
+    suggestion = f"; did you mean {near}?" if near else ""
+    return f"{name}: must be {allowed(FIELDS[name])}, not {shown}{suggestion}{quotes}"
+
+
+def _rollouts(config: RunConfig, given: set[str], bad: set[str]) -> tuple[dict[str, int], list[str]]:
+    """Drafts N and refinements G for a number of rollouts per problem, or the reason why there are none."""
+    total, drafts, refinements = (getattr(config, name) for name in _ROLLOUTS)
+    if "algorithm" in bad or bad & set(_ROLLOUTS):
+        return {}, []
+    if config.algorithm == "grpo":
+        return {}, _grpo_findings(config)
+    if drafts is None and refinements is None:
+        drafts = max(1, total // 2)
+    elif drafts is not None and refinements is not None and "num_generations" not in given:
+        total = drafts + refinements
+    drafts = total - refinements if drafts is None else drafts
+    refinements = total - drafts if refinements is None else refinements
+    counts = f"num_generations {total}, num_drafts {drafts}, num_refinements {refinements}"
+    findings = []
+    if drafts + refinements != total:
+        findings.append(f"num_generations: must be num_drafts + num_refinements, but {counts}; leave one of them out")
+    if drafts < 1:
+        findings.append(f"num_drafts: {config.algorithm} needs at least 1 draft per problem, but {counts}")
+    if refinements < 2:
+        findings.append(
+            f"num_refinements: must be at least 2, but {counts}; a group of one has no spread, so no advantage to learn"
+        )
+    return {"num_generations": total, "num_drafts": drafts, "num_refinements": refinements}, findings
+
+
+def _grpo_findings(config: RunConfig) -> list[str]:
+    findings = [
+        f"{name}: grpo has one stage and takes num_generations only; choose igrpo or igrpo-joint, or leave it out"
+        for name in ("num_drafts", "num_refinements")
+        if getattr(config, name) is not None
+    ]
+    if config.num_generations < 2:
+        findings.append(
+            f"num_generations: must be at least 2, not {config.num_generations}; "
+            "a group of one has no spread, so no advantage to learn"
+        )
+    return findings
+
+
+def _cross_findings(config: RunConfig, bad: set[str]) -> list[str]:
+    """Contradictions between settings that are each fine."""
+    weights, names = config.reward_weights, config.reward_funcs
+    checks = {
+        ("epsilon", "epsilon_high"): (
+            config.epsilon_high is not None and config.epsilon_high < config.epsilon,
+            f"epsilon_high: {config.epsilon_high} is below epsilon {config.epsilon}; it widens the clip range above 1",
+        ),
+        ("reward_weights", "reward_funcs"): (
+            weights is not None and len(weights) != len(names),
+            f"reward_weights: {len(weights or [])} given for {len(names)} reward_funcs ({', '.join(names)}); one each",
+        ),
+        ("reward_weights",): (
+            weights is not None and not any(weights),
+            "reward_weights: all are 0, so there is nothing to learn from",
+        ),
+        ("device",): (
+            not re.fullmatch(r"auto|cpu|mps|cuda(:\d+)?", config.device),
+            f"device: must be auto, cpu, cuda, cuda:<number> or mps, not {config.device!r}",
+        ),
+    }
+    return [text for names, (wrong, text) in checks.items() if wrong and not bad & set(names)]

@@ -1,0 +1,10 @@
+"""The bundled model: about 0.9 million weights, made from nothing by :mod:`igrpo_lite.tiny.build`.
+
+It solves some of the two-step word problems of :mod:`igrpo_lite.problems.synthetic`, so that reinforcement learning has
+something to improve, without a download and within a minute of one CPU core.
+"""
+
+from pathlib import Path
+
+MODEL_DIR: Path = Path(__file__).resolve().parent / "model"
+"""Folder of the bundled model, as ``AutoModelForCausalLM.from_pretrained`` and ``AutoTokenizer.from_pretrained`` take it."""

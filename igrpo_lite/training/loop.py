@@ -1,0 +1,194 @@
+"""The training loop: the paper's algorithm 1, one named step a line, and around it what keeps a long run safe."""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Sequence
+from contextlib import suppress
+from dataclasses import asdict
+from typing import Any
+
+from igrpo_lite.algorithms.rollout import Rollout, RolloutCollector
+from igrpo_lite.config import RunConfig
+from igrpo_lite.errors import RunFolderError, UserError
+from igrpo_lite.evaluation.evaluate import evaluate
+from igrpo_lite.report.sample import Sample
+from igrpo_lite.report.screen import Screen
+from igrpo_lite.report.trackers import Trackers
+from igrpo_lite.rewards.scorer import Calls
+from igrpo_lite.training.checkpoint import Checkpoints, restore, save_adapter
+from igrpo_lite.training.health import Health
+from igrpo_lite.training.interrupt import Interrupt
+from igrpo_lite.training.metrics import step_metrics
+from igrpo_lite.training.prepare import Prepared
+from igrpo_lite.training.records import rollout_record, shown_samples
+from igrpo_lite.training.run_folder import Records, RunFolder
+from igrpo_lite.training.schedule import batch_indices, learning_rate
+from igrpo_lite.training.state import Progress
+from igrpo_lite.training.update import PolicyUpdate
+
+
+class Trainer:
+    """Runs the steps of one run in its folder, from wherever its last checkpoint is."""
+
+    def __init__(
+        self, config: RunConfig, parts: Prepared, folder: RunFolder, screen: Screen, trackers: Trackers
+    ) -> None:
+        self.config = config
+        self.parts = parts
+        self.folder = folder
+        self.screen = screen
+        self.trackers = trackers
+        self.update = PolicyUpdate(parts.policy, config)
+        self.health = Health(config)
+        self.checkpoints = Checkpoints(folder.checkpoints, config.save_total_limit)
+        self.progress = Progress(fingerprint=parts.fingerprint())
+        self.collector = RolloutCollector(
+            parts.sampler, parts.scorer, parts.prompts, config, config.seed, self._heartbeat
+        )
+        self.metrics: Records
+        self.samples: Records
+        self._started = self._saved = time.monotonic()
+
+    def run(self, interrupt: Interrupt) -> str | None:
+        """Train until ``max_steps`` or a reason to stop, which is returned; everything is saved either way."""
+        self._resume()
+        try:
+            if not self.progress.evaluations:
+                self._evaluate("before")
+                self._save()
+            reason = None
+            while self.progress.step < self.config.max_steps and reason is None:
+                self._guarded_step()
+                reason = self._reason_to_stop(interrupt)
+                if self._evaluation_due(reason):
+                    self._evaluate("after" if self.progress.step == self.config.max_steps else "during")
+                if self._save_due(reason):
+                    self._save()
+            save_adapter(self.parts.policy, self.folder.adapter)
+            return reason
+        finally:
+            self.metrics.close()
+            self.samples.close()
+
+    def _guarded_step(self) -> None:
+        try:
+            self._step()
+        except UserError:
+            # A reward that broke down, say: the policy still is what it was after the last step, so keep that.
+            with suppress(RunFolderError):
+                self._save()
+            raise
+
+    def _step(self) -> None:
+        """One iteration of algorithm 1 (arXiv 2602.09000): rollouts, rewards and draft choice, update, new sampler."""
+        config, started = self.config, time.perf_counter()
+        step = self.progress.step
+        chosen = batch_indices(len(self.parts.train), config.prompts_per_step, step, config.seed)
+        problems = [self.parts.train[index] for index in chosen]  # S problems
+        self.collector.reward_seconds = 0.0
+        rollouts = self.collector.collect(problems, step)  # drafts, scores, best draft, refinements, scores
+        sampled = time.perf_counter()
+        rate = learning_rate(step, config.max_steps, config)
+        stats = self.update.step(rollouts, rate)  # advantages, log-probabilities, loss, optimizer step
+        self.parts.sampler.load_adapter()  # the next step samples from the new policy
+        ended = time.perf_counter()
+
+        self.progress.step += 1
+        metrics = {"kind": "step", "step": self.progress.step} | step_metrics(rollouts, stats, self.parts.prompts)
+        metrics["learning_rate"] = rate
+        metrics["reward_failures"] = sum(calls.failed for calls in self.parts.scorer.failures.values())
+        metrics["time"] = self.progress.clock(
+            rollout=sampled - started - self.collector.reward_seconds,
+            reward=self.collector.reward_seconds,
+            update=ended - sampled,
+        )
+        metrics["time"]["step"] = ended - started
+        metrics["time"]["tokens_per_second"] = metrics["tokens/sampled"] / (ended - started)
+        self._report(rollouts, metrics)
+
+    def _report(self, rollouts: Sequence[Rollout], metrics: dict[str, Any]) -> None:
+        self.metrics.append(metrics)
+        self.samples.append(*(rollout_record(self.progress.step, rollout) for rollout in rollouts))
+        self.trackers.log(metrics, self.progress.step)
+        self.screen.step(metrics)
+        for finding in self.health.update(metrics):
+            self.screen.message(finding.text, "warning")
+            if finding.level == "stop":
+                self.progress.stop_reason = finding.text
+        if self.progress.step % self.config.sample_steps == 0 or self.progress.step == 1:
+            good, bad = shown_samples(rollouts)
+            self.screen.sample(good, bad)
+
+    def _evaluate(self, name: str) -> None:
+        """Held-out accuracy; the adapter with the best single pass so far is kept in ``best``."""
+        self.screen.heartbeat(f"evaluating on {len(self.parts.held_out)} held-out problems")
+        limit = self.config.max_completion_length
+        evaluation = evaluate(self.parts.held_out, self.parts.sampler, self.parts.prompts, limit)
+        result = {"step": self.progress.step} | evaluation.result()
+        self.folder.write_lines(
+            f"evaluations/step-{self.progress.step:06d}.jsonl", [answer.record() for answer in evaluation.answered]
+        )
+        times = self.progress.clock(evaluation=evaluation.seconds)
+        self.metrics.append({"kind": "evaluation"} | result | {"time": times})
+        self.trackers.log({f"eval/{key}": value for key, value in result.items() if key != "step"}, self.progress.step)
+        if self.progress.add_evaluation(result):
+            save_adapter(self.parts.policy, self.folder.best)
+        self.screen.evaluation(name, result | {"seconds": evaluation.seconds})
+
+    def _save(self) -> None:
+        started = time.perf_counter()
+        self.progress.positions = {"metrics": self.metrics.position, "samples": self.samples.position}
+        self.progress.health = self.health.state()
+        self.progress.reward_failures = {name: asdict(calls) for name, calls in self.parts.scorer.failures.items()}
+        self.checkpoints.save(
+            self.progress.step, self.parts.policy, self.update.optimizer, self.progress.to_json()
+        )
+        self._saved = time.monotonic()
+        self.progress.clock(saving=time.perf_counter() - started)
+
+    def _resume(self) -> None:
+        found = self.checkpoints.latest()
+        if found is not None:
+            fingerprint = self.progress.fingerprint
+            self.progress = Progress.from_json(restore(found.path, self.parts.policy, self.update.optimizer))
+            if self.progress.fingerprint != fingerprint:
+                raise RunFolderError(
+                    f"the problems are not those that {self.folder.path} was started with (a changed data file?); restore "
+                    "them, or use --fresh to start over"
+                )
+            self.health.load_state(self.progress.health)
+            failures = {name: Calls(**calls) for name, calls in self.progress.reward_failures.items()}
+            self.parts.scorer.failures.update(failures)
+            self.parts.sampler.load_adapter()
+            for damage in found.damaged:
+                self.screen.message(f"{damage}; going on from step {found.step}", "warning")
+        positions = self.progress.positions
+        self.metrics = Records(self.folder.path / "metrics.jsonl", positions.get("metrics", 0))
+        self.samples = Records(self.folder.path / "samples.jsonl", positions.get("samples", 0))
+        self.screen.start(self.config, self.parts.notes, self.progress.step)
+        for result in self.progress.evaluations:
+            self.screen.evaluation("before" if result["step"] == 0 else "during", result)
+
+    def _reason_to_stop(self, interrupt: Interrupt) -> str | None:
+        if interrupt.requested:
+            return f"{interrupt.name} received"
+        if self.progress.stop_reason:
+            return self.progress.stop_reason
+        if self.config.max_minutes and time.monotonic() - self._started > 60 * self.config.max_minutes:
+            return f"{self.config.max_minutes:g} minutes are over (--max-minutes)"
+        if self.progress.step < self.config.max_steps:
+            return self.health.dead()
+        return None
+
+    def _evaluation_due(self, reason: str | None) -> bool:
+        step = self.progress.step
+        return step == self.config.max_steps or (reason is None and step % self.config.eval_steps == 0)
+
+    def _save_due(self, reason: str | None) -> bool:
+        step = self.progress.step
+        due = step % self.config.save_steps == 0 or time.monotonic() - self._saved > 60 * self.config.save_minutes
+        return due or reason is not None or step == self.config.max_steps
+
+    def _heartbeat(self, done: int, total: int) -> None:
+        self.screen.heartbeat(f"step {self.progress.step + 1}: {done} of {total} completions")

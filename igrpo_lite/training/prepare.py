@@ -1,0 +1,133 @@
+"""Everything a run works with, made in the order in which mistakes are cheap: data, rewards, prompts, then the model."""
+
+from __future__ import annotations
+
+import hashlib
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+from igrpo_lite.algorithms.rollout import stage2_size
+from igrpo_lite.config import PromptOptions, RunConfig
+from igrpo_lite.errors import ConfigError, DataError
+from igrpo_lite.policy.loading import Policy, load_policy, load_tokenizer, read_context_length
+from igrpo_lite.problems.loading import load_problems
+from igrpo_lite.prompts import STAGE2_TEMPLATES, SYSTEM_PROMPTS, PromptBuilder, read_text_or_file
+from igrpo_lite.rewards.answers import gold_answer
+from igrpo_lite.rewards.scorer import Scorer
+from igrpo_lite.sampling.base import Sampler
+from igrpo_lite.sampling.replica import Replica
+from igrpo_lite.sampling.transformers import TransformersSampler
+from igrpo_lite.types import Problem
+
+
+@dataclass(slots=True)
+class Prepared:
+    """The parts of a run. ``notes`` are lines for the screen about what was loaded, counted and left out."""
+
+    train: list[Problem]
+    held_out: list[Problem]
+    scorer: Scorer
+    prompts: PromptBuilder
+    policy: Policy
+    sampler: Sampler
+    notes: list[str]
+
+    def fingerprint(self) -> str:
+        """Hash of the problems in use: a resumed run must see the same ones."""
+        digest = hashlib.sha256()
+        for problem in (*self.train, *self.held_out):
+            digest.update(f"{problem.id}\x1f{problem.question}\x1f{problem.answer}\x1e".encode())
+        return digest.hexdigest()
+
+
+def prepare(config: RunConfig) -> Prepared:
+    """Load data, check rewards on one row, filter prompts, check lengths, then load the model.
+
+    Raises:
+        UserError: whatever of this cannot work, before the next, more expensive part is tried.
+    """
+    sets = load_problems(config, config.seed, gold_answer)
+    scorer = Scorer(config, config.answer_style)
+    try:
+        scorer.check(sets.train[0])
+        prompts = prompt_builder(config)
+        train, dropped = fitting(sets.train, prompts, config.max_prompt_length)
+        held_out, dropped_held_out = fitting(sets.held_out, prompts, config.max_prompt_length)
+        notes = sets.report.lines() + _prompt_notes(config, prompts, dropped, dropped_held_out)
+        if not train or not held_out:
+            raise DataError(
+                f"every {'training' if not train else 'held-out'} prompt is longer than max_prompt_length = "
+                f"{config.max_prompt_length} tokens; raise --max-prompt-length"
+            )
+        check_context(config, prompts, [*train, *held_out])
+        policy = load_policy(config, config.seed)
+        if config.gradient_checkpointing:
+            policy.model.gradient_checkpointing_enable()
+            policy.model.enable_input_require_grads()
+        sampler = TransformersSampler(Replica(policy.model), prompts.tokenizer, policy.stop_ids, config.max_num_seqs)
+    except BaseException:
+        scorer.close()
+        raise
+    return Prepared(train, held_out, scorer, prompts, policy, sampler, notes)
+
+
+def prompt_builder(config: RunConfig) -> PromptBuilder:
+    """The prompt builder that ``config`` describes, with the model's own tokenizer."""
+    return PromptBuilder(
+        load_tokenizer(config),
+        system_prompt(config),
+        stage2_template(config),
+        config.draft_placement,
+        config.max_draft_length,
+    )
+
+
+def system_prompt(options: PromptOptions) -> str:
+    return SYSTEM_PROMPTS[options.answer_style] if options.system_prompt is None else read_text_or_file(options.system_prompt)
+
+
+def stage2_template(options: PromptOptions) -> str:
+    if options.stage2_template is None:
+        return STAGE2_TEMPLATES[options.draft_placement]
+    return read_text_or_file(options.stage2_template)
+
+
+def fitting(problems: Sequence[Problem], prompts: PromptBuilder, limit: int) -> tuple[list[Problem], int]:
+    """Problems whose prompt has at most ``limit`` tokens, and how many have more."""
+    kept = [problem for problem in problems if len(prompts.first(problem.question).ids) <= limit]
+    return kept, len(problems) - len(kept)
+
+
+def check_context(config: RunConfig, prompts: PromptBuilder, problems: Sequence[Problem]) -> None:
+    """Refuse a run whose longest prompt, draft and completion together exceed the model's context.
+
+    Raises:
+        ConfigError: with the sum, and the setting to lower.
+    """
+    context = read_context_length(config)
+    question = max((problem.question for problem in problems), key=lambda q: len(prompts.first(q).ids))
+    first = prompts.first(question)
+    # Evaluation refines with its own draft whatever the algorithm, so the draft counts for GRPO too.
+    prompt = len(prompts.second(question, first, ()).ids)
+    draft = min(config.max_completion_length, config.max_draft_length or config.max_completion_length)
+    needed = prompt + draft + config.max_completion_length
+    if needed > context:
+        raise ConfigError(
+            f"the model's context is {context} tokens, but prompt {prompt} + draft {draft} + completion "
+            f"{config.max_completion_length} may need {needed}; lower --max-completion-length, --max-draft-length or "
+            "--max-prompt-length"
+        )
+
+
+def _prompt_notes(config: RunConfig, prompts: PromptBuilder, dropped: int, dropped_held_out: int) -> list[str]:
+    notes = []
+    if prompts.plain_template:
+        notes.append(f"{config.model} has no chat template (a base model?): prompts use a plain one")
+    if dropped or dropped_held_out:
+        notes.append(
+            f"left out as longer than {config.max_prompt_length} prompt tokens: {dropped} training and "
+            f"{dropped_held_out} held-out problems"
+        )
+    if stage2_size(config) and config.draft_placement == "multi-turn":
+        notes.append("stage 2 continues the draft as a conversation (draft_placement multi-turn)")
+    return notes

@@ -1,0 +1,93 @@
+"""One run from its configuration to its summary."""
+
+from __future__ import annotations
+
+import platform
+import time
+from importlib.metadata import PackageNotFoundError, version
+from typing import Any
+
+from igrpo_lite import __version__
+from igrpo_lite.config import RunConfig
+from igrpo_lite.report.screen import Screen, make_screen
+from igrpo_lite.report.trackers import Trackers
+from igrpo_lite.training.interrupt import Interrupt
+from igrpo_lite.training.loop import Trainer
+from igrpo_lite.training.prepare import prepare
+from igrpo_lite.training.run_folder import RunFolder
+
+_PACKAGES = ("torch", "transformers", "peft", "datasets", "accelerate", "tokenizers", "numpy")
+
+
+def run(config: RunConfig) -> dict[str, Any]:
+    """See :func:`igrpo_lite.training.train`."""
+    with RunFolder(config) as folder, make_screen(config.progress) as screen:
+        earlier = folder.summary()
+        if earlier and earlier["stopped"] is None and earlier["steps"] >= config.max_steps:
+            screen.finish(earlier)
+            screen.message(f"{folder.path} is finished; raise --max-steps to go on or start over with --fresh")
+            return earlier
+        return _train(config, folder, screen)
+
+
+def _train(config: RunConfig, folder: RunFolder, screen: Screen) -> dict[str, Any]:
+    started = time.perf_counter()
+    screen.heartbeat("loading data and model")
+    parts = prepare(config)
+    trackers = Trackers(
+        config.report_to, folder.path, folder.path.name, config.model_dump(), lambda text: screen.message(text, "warning")
+    )
+    loading = time.perf_counter() - started
+    try:
+        with Interrupt() as interrupt:
+            trainer = Trainer(config, parts, folder, screen, trackers)
+            reason = trainer.run(interrupt)
+        summary = _summary(config, folder, trainer, reason, loading)
+        folder.write_json("summary.json", summary)
+        screen.finish(summary)
+        return summary
+    finally:
+        parts.scorer.close()
+        trackers.finish()
+
+
+def _summary(
+    config: RunConfig, folder: RunFolder, trainer: Trainer, reason: str | None, loading: float
+) -> dict[str, Any]:
+    progress = trainer.progress
+    finished = progress.step >= config.max_steps
+    best = progress.best
+    return {
+        "before": progress.evaluations[0],
+        "after": progress.evaluations[-1] if finished else None,
+        "best": best,
+        "evaluations": len(progress.evaluations),
+        "algorithm": config.algorithm,
+        "steps": progress.step,
+        "max_steps": config.max_steps,
+        "stopped": reason,
+        "rollouts": progress.step * config.prompts_per_step * config.num_generations,
+        "problems": {"train": len(trainer.parts.train), "held_out": len(trainer.parts.held_out)},
+        "adapter": str(folder.adapter),
+        "best_adapter": str(folder.best),
+        "next": _next(folder, reason),
+        "time": {"loading": loading} | progress.seconds,
+        "seed": config.seed,
+        "versions": _versions(),
+    }
+
+
+def _next(folder: RunFolder, reason: str | None) -> list[str]:
+    if reason is not None:
+        return ["run the same command again to go on"]
+    return [f"igrpo-lite eval {folder.path}"]
+
+
+def _versions() -> dict[str, str]:
+    found = {"igrpo-lite": __version__, "python": platform.python_version()}
+    for name in _PACKAGES:
+        try:
+            found[name] = version(name)
+        except PackageNotFoundError:
+            continue
+    return found

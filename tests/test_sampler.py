@@ -1,0 +1,152 @@
+"""The plain sampler against generate() and against the model's own log-probabilities."""
+
+from __future__ import annotations
+
+import random
+
+import pytest
+import torch
+from models import FAMILIES, VOCAB, IdTokenizer, make_model, make_policy
+
+from igrpo_lite.sampling.base import Request, request_seed
+from igrpo_lite.sampling.replica import Replica
+from igrpo_lite.sampling.transformers import TransformersSampler
+from igrpo_lite.types import Completion, Prompt
+
+STOP = (1, 2, 3)
+
+
+def make_prompts(count: int, shortest: int = 3, longest: int = 30) -> list[Prompt]:
+    r = random.Random(0)
+    return [Prompt("", tuple(r.randrange(4, VOCAB) for _ in range(r.randint(shortest, longest)))) for _ in range(count)]
+
+
+def make_sampler(policy, kind="auto", slots=32, stop=STOP) -> TransformersSampler:
+    return TransformersSampler(Replica(policy, kind), IdTokenizer(), stop, slots)
+
+
+def sampled_requests(prompts: list[Prompt], count: int, limit: int = 20, temperature: float = 1.0) -> list[Request]:
+    return [
+        Request(prompt, request_seed(0, i, j), limit, temperature) for i, prompt in enumerate(prompts) for j in range(count)
+    ]
+
+
+@pytest.mark.parametrize("family", FAMILIES)
+@pytest.mark.parametrize("kind", ["merged", "shared"])
+def test_greedy_equals_generate(family, kind):
+    policy, prompts = make_policy(family), make_prompts(6)
+    completions = make_sampler(policy, kind).run([Request(prompt, 0, 20, 0.0) for prompt in prompts])
+    for prompt, completion in zip(prompts, completions, strict=True):
+        ids = torch.tensor([prompt.ids])
+        expected = policy.generate(
+            input_ids=ids,
+            attention_mask=torch.ones_like(ids),
+            max_new_tokens=20,
+            do_sample=False,
+            eos_token_id=list(STOP),
+            pad_token_id=0,
+        )[0, ids.shape[1] :]
+        assert list(completion.ids) == expected.tolist()
+        assert completion.finish == ("stop" if completion.ids[-1] in STOP else "length")
+
+
+@pytest.mark.parametrize("family", FAMILIES)
+@pytest.mark.parametrize("temperature", [1.0, 0.6])
+def test_logprobs_are_the_models_own(family, temperature):
+    policy, prompts = make_policy(family), make_prompts(4)
+    requests = sampled_requests(prompts, 3, temperature=temperature)
+    for request, completion in zip(requests, make_sampler(policy).run(requests), strict=True):
+        with torch.no_grad():
+            logits = policy(input_ids=torch.tensor([request.prompt.ids + completion.ids])).logits[0].float()
+        logprobs = torch.log_softmax(logits[len(request.prompt.ids) - 1 : -1] / temperature, dim=-1)
+        expected = logprobs.gather(1, torch.tensor(completion.ids)[:, None])[:, 0]
+        torch.testing.assert_close(torch.tensor(completion.logprobs), expected, rtol=1e-4, atol=1e-4)
+
+
+def test_samples_do_not_depend_on_the_batch():
+    policy, prompts = make_policy("qwen2"), make_prompts(5)
+    requests = sampled_requests(prompts, 6)
+    reference = make_sampler(policy, slots=64).run(requests)
+    for slots in (1, 3, 7, 30):
+        assert [c.ids for c in make_sampler(policy, slots=slots).run(requests)] == [c.ids for c in reference]
+    backwards = make_sampler(policy, slots=4).run(requests[::-1])
+    assert [c.ids for c in backwards[::-1]] == [c.ids for c in reference]
+    assert len({c.ids for c in reference}) > 20, "seeds of one prompt must differ"
+
+
+def test_sampling_follows_the_distribution():
+    """4,000 first tokens against the model's probabilities: chi-square over the likely tokens."""
+    policy, prompt = make_model("llama", scale=1.5), make_prompts(1)[0]
+    sampler = make_sampler(_as_policy(policy), slots=256, stop=())
+    completions = sampler.run([Request(prompt, request_seed("chi", i), 1, 0.8) for i in range(4000)])
+    with torch.no_grad():
+        probabilities = torch.softmax(policy(input_ids=torch.tensor([prompt.ids])).logits[0, -1].float() / 0.8, -1)
+    counts = torch.bincount(torch.tensor([c.ids[0] for c in completions]), minlength=VOCAB).double()
+    likely = probabilities * 4000 > 5
+    expected = 4000 * probabilities[likely].double()
+    statistic = float(((counts[likely] - expected) ** 2 / expected).sum())
+    freedom = int(likely.sum())
+    assert freedom > 20
+    assert statistic < freedom + 4 * (2 * freedom) ** 0.5
+
+
+def test_follow_ups_join_and_are_sampled_alike():
+    policy, prompts = make_policy("qwen3"), make_prompts(4)
+    alone = {p.ids: make_sampler(policy).run([Request(p, 9, 15)])[0] for p in prompts}
+    seen: dict[tuple[int, ...], Completion] = {}
+
+    def on_finished(request: Request, completion: Completion):
+        if request.tag == "first":
+            return [Request(prompts[(prompts.index(request.prompt) + 1) % 4], 9, 15, tag="second")]
+        seen[request.prompt.ids] = completion
+        return ()
+
+    first = make_sampler(policy, slots=3).run([Request(p, 9, 15, tag="first") for p in prompts], on_finished)
+    assert [c.ids for c in first] == [alone[p.ids].ids for p in prompts]
+    assert {ids: c.ids for ids, c in seen.items()} == {ids: c.ids for ids, c in alone.items()}
+
+
+def test_work_done_is_what_it_must_be():
+    """Prompts are prefilled once a group, finished rows cost nothing: counted, not timed."""
+    policy, prompts = make_policy("qwen2"), make_prompts(4)
+    sampler = make_sampler(policy, slots=64)
+    completions = sampler.run(sampled_requests(prompts, 8))
+    assert sampler.prefill_tokens == sum(len(p.ids) for p in prompts)
+    assert sampler.sampled_tokens == sum(len(c.ids) for c in completions)
+    assert sampler.decode_steps == max(len(c.ids) for c in completions) - 1
+
+
+@pytest.mark.parametrize("limit", [1, 2])
+def test_shortest_limits(limit):
+    completions = make_sampler(make_policy("llama"), stop=()).run(sampled_requests(make_prompts(3), 2, limit))
+    assert all(len(c.ids) == limit and c.truncated for c in completions)
+
+
+def test_merged_copy_follows_the_adapter_and_leaves_the_base_alone():
+    policy = make_policy("qwen2")
+    replica = Replica(policy, "merged")
+    frozen = {name: p.clone() for name, p in policy.named_parameters() if "lora_" not in name}
+    before = [c.ids for c in TransformersSampler(replica, IdTokenizer(), STOP).run(sampled_requests(make_prompts(3), 2))]
+    with torch.no_grad():
+        for name, parameter in policy.named_parameters():
+            if "lora_" in name:
+                parameter.mul_(-1.5)
+    replica.refresh()
+    requests = sampled_requests(make_prompts(3), 2)
+    merged = [c.ids for c in TransformersSampler(replica, IdTokenizer(), STOP).run(requests)]
+    shared = [c.ids for c in make_sampler(policy, "shared").run(requests)]
+    assert merged == shared != before
+    assert all(torch.equal(p, frozen[name]) for name, p in policy.named_parameters() if "lora_" not in name)
+
+
+def test_training_mode_is_restored():
+    policy = make_policy("qwen2").train()
+    make_sampler(policy, "shared").run(sampled_requests(make_prompts(1), 1))
+    assert policy.training
+
+
+def _as_policy(model):
+    """A sampler needs a PEFT model; a fresh adapter changes nothing."""
+    from peft import LoraConfig, get_peft_model
+
+    return get_peft_model(model, LoraConfig(r=2, target_modules="all-linear")).eval()
