@@ -1,7 +1,7 @@
 """The errors a user can meet, each with what is wrong, where, and what to do.
 
-Everything that is the user's to mend derives from :class:`UserError`; the command line prints it in one or two lines and
-exits with 2, without a traceback. Anything else that escapes is a bug of ours and keeps its traceback.
+Everything that is the user's to mend derives from :class:`UserError`; the command line prints it in one or two lines
+and exits with 2, without a traceback. Anything else that escapes is a bug of ours and keeps its traceback.
 """
 
 from __future__ import annotations
@@ -35,7 +35,3 @@ class RewardError(UserError):
 
 class RunFolderError(UserError):
     """A run folder that belongs to another configuration, cannot be written, or holds no usable checkpoint."""
-
-
-class StoppedRun(UserError):
-    """A run that was stopped for a stated reason after saving what it had; running the command again resumes it."""

@@ -42,7 +42,8 @@ STAGE2_TEMPLATES: dict[Placement, str] = {
 follows the draft, which stands as the assistant's own turn."""
 
 PLAIN_CHAT_TEMPLATE = (
-    "{% for message in messages %}{{ message['content'] }}\n\n{% endfor %}{% if add_generation_prompt %}Solution:\n{% endif %}"
+    "{% for message in messages %}{{ message['content'] }}\n\n{% endfor %}"
+    "{% if add_generation_prompt %}Solution:\n{% endif %}"
 )
 """Used, and said so, for base models whose tokenizer brings no chat template."""
 
@@ -61,10 +62,12 @@ def template_findings(template: str, placement: Placement) -> list[str]:
         return [f"stage2_template: {error}; write a literal brace as {{{{ or }}}}"]
     if placement == "multi-turn":
         if fields or not template.strip():
-            return ["stage2_template: with draft_placement multi-turn it is a plain sentence without {question} or {draft}"]
+            return ["stage2_template: with draft_placement multi-turn it is plain text, without {question} or {draft}"]
         return []
     unknown = sorted(set(fields) - {"question", "draft"})
-    findings = [f"stage2_template: unknown placeholder {{{name}}}; it may use {{question}} and {{draft}}" for name in unknown]
+    findings = [
+        f"stage2_template: unknown placeholder {{{name}}}; it may use {{question}} and {{draft}}" for name in unknown
+    ]
     for name in ("question", "draft"):
         if fields.count(name) != 1:
             findings.append(f"stage2_template: must contain {{{name}}} exactly once, found {fields.count(name)}")
@@ -84,11 +87,11 @@ class PromptBuilder:
     """Renders both stages' prompts with one tokenizer.
 
     Args:
-        tokenizer: a Hugging Face tokenizer; its chat template is used, or :data:`PLAIN_CHAT_TEMPLATE` where it has none.
+        tokenizer: a Hugging Face tokenizer; its chat template is used, else :data:`PLAIN_CHAT_TEMPLATE`.
         system_prompt: instruction used in every prompt; empty for none.
         stage2_template: checked by :func:`template_findings` beforehand.
         placement: how the draft enters stage 2.
-        max_draft_length: tokens of a draft that are shown at most; of a longer one the end is kept (it holds the answer).
+        max_draft_length: tokens of a draft shown at most; of a longer one the end is kept (it holds the answer).
     """
 
     def __init__(
@@ -132,7 +135,11 @@ class PromptBuilder:
         # The ids of prompt and draft are kept as they were decoded, never re-tokenised: an engine can re-use their keys
         # and values. Only the text after the draft is new.
         question = {"role": "user", "content": _MARK + "?"}
-        messages = [question, {"role": "assistant", "content": _MARK}, {"role": "user", "content": self.stage2_template}]
+        messages = [
+            question,
+            {"role": "assistant", "content": _MARK},
+            {"role": "user", "content": self.stage2_template},
+        ]
         suffix = self._render(messages).rpartition(_MARK)[2]
         end = self.tokenizer.eos_token or ""
         if draft_ids and draft_ids[-1] == self.tokenizer.eos_token_id and suffix.startswith(end):

@@ -137,12 +137,8 @@ def _plain(name: str, value: Any) -> Any:
 
 
 def _field_findings(values: Mapping[str, Any]) -> tuple[set[str], list[str]]:
-    bad = {
-        # pydantic would take true for 1
-        name
-        for name, value in values.items()
-        if isinstance(value, bool) and parts(hint(FIELDS[name]))[0] in (int, float)
-    }
+    numbers = {name for name in values if parts(hint(FIELDS[name]))[0] in (int, float)}
+    bad = {name for name in numbers if isinstance(values[name], bool)}  # pydantic would take true for 1
     try:
         RunConfig.model_validate(dict(values))
     except ValidationError as error:
@@ -151,19 +147,18 @@ def _field_findings(values: Mapping[str, Any]) -> tuple[set[str], list[str]]:
 
 
 def _complaint(name: str, value: Any) -> str:
-    near = nearest(str(value), choices(FIELDS[name])) if not isinstance(value, list) else None
-    shown = (
-        "nothing"
-        if value is None
-        else repr(value)
-        if isinstance(value, str)
-        else str(value).lower()
-        if isinstance(value, bool)
-        else str(value)
-    )
-    quotes = "; write it in quotes" if parts(hint(FIELDS[name]))[0] is str and isinstance(value, (int, float)) else ""
-    suggestion = f"; did you mean {near}?" if near else ""
-    return f"{name}: must be {allowed(FIELDS[name])}, not {shown}{suggestion}{quotes}"
+    field = FIELDS[name]
+    near = nearest(value, choices(field)) if isinstance(value, str) else None
+    advice = f"; did you mean {near}?" if near else ""
+    if parts(hint(field))[0] is str and isinstance(value, (int, float)):
+        advice = "; write it in quotes"
+    return f"{name}: must be {allowed(field)}, not {_shown(value)}{advice}"
+
+
+def _shown(value: Any) -> str:
+    if value is None:
+        return "nothing"
+    return str(value).lower() if isinstance(value, bool) else repr(value)
 
 
 def _rollouts(config: RunConfig, given: set[str], bad: set[str]) -> tuple[dict[str, int], list[str]]:
@@ -208,23 +203,11 @@ def _grpo_findings(config: RunConfig) -> list[str]:
 
 def _cross_findings(config: RunConfig, bad: set[str]) -> list[str]:
     """Contradictions between settings that are each fine."""
-    weights, names = config.reward_weights, config.reward_funcs
-    checks = {
-        ("epsilon", "epsilon_high"): (
-            config.epsilon_high is not None and config.epsilon_high < config.epsilon,
-            f"epsilon_high: {config.epsilon_high} is below epsilon {config.epsilon}; it widens the clip range above 1",
-        ),
-        ("reward_weights", "reward_funcs"): (
-            weights is not None and len(weights) != len(names),
-            f"reward_weights: {len(weights or [])} given for {len(names)} reward_funcs ({', '.join(names)}); one each",
-        ),
-        ("reward_weights",): (
-            weights is not None and not any(weights),
-            "reward_weights: all are 0, so there is nothing to learn from",
-        ),
-        ("device",): (
-            not re.fullmatch(r"auto|cpu|mps|cuda(:\d+)?", config.device),
-            f"device: must be auto, cpu, cuda, cuda:<number> or mps, not {config.device!r}",
-        ),
-    }
-    return [text for names, (wrong, text) in checks.items() if wrong and not bad & set(names)]
+    found = []
+    if config.epsilon_high is not None and config.epsilon_high < config.epsilon and "epsilon" not in bad:
+        found.append(
+            f"epsilon_high: {config.epsilon_high} is below epsilon {config.epsilon}; it widens the clip range above 1"
+        )
+    if not re.fullmatch(r"auto|cpu|mps|cuda(:\d+)?", config.device):
+        found.append(f"device: must be auto, cpu, cuda, cuda:<number> or mps, not {config.device!r}")
+    return found

@@ -1,4 +1,4 @@
-"""One torch thread everywhere: with two contended cores more threads are many times slower, and results could differ."""
+"""One torch thread everywhere: with contended cores more threads are many times slower, and results could differ."""
 
 from __future__ import annotations
 

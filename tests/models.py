@@ -44,7 +44,7 @@ FAMILIES = {
 }
 
 
-def make_model(family: str, scale: float = 3.0) -> PreTrainedModel:
+def make_model(family: str, scale: float = 3.0, attention: str = "sdpa") -> PreTrainedModel:
     """A random model whose next-token distributions are far from uniform, so that mistakes are visible."""
     torch.manual_seed(1)
     model = FAMILIES[family]().eval()

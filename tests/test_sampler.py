@@ -27,7 +27,9 @@ def make_sampler(policy, kind="auto", slots=32, stop=STOP) -> TransformersSample
 
 def sampled_requests(prompts: list[Prompt], count: int, limit: int = 20, temperature: float = 1.0) -> list[Request]:
     return [
-        Request(prompt, request_seed(0, i, j), limit, temperature) for i, prompt in enumerate(prompts) for j in range(count)
+        Request(prompt, request_seed(0, i, j), limit, temperature)
+        for i, prompt in enumerate(prompts)
+        for j in range(count)
     ]
 
 
@@ -126,7 +128,9 @@ def test_merged_copy_follows_the_adapter_and_leaves_the_base_alone():
     policy = make_policy("qwen2")
     replica = Replica(policy, "merged")
     frozen = {name: p.clone() for name, p in policy.named_parameters() if "lora_" not in name}
-    before = [c.ids for c in TransformersSampler(replica, IdTokenizer(), STOP).run(sampled_requests(make_prompts(3), 2))]
+    before = [
+        c.ids for c in TransformersSampler(replica, IdTokenizer(), STOP).run(sampled_requests(make_prompts(3), 2))
+    ]
     with torch.no_grad():
         for name, parameter in policy.named_parameters():
             if "lora_" in name:

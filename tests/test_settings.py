@@ -8,11 +8,12 @@ from typing import Any
 
 import pytest
 
+import igrpo_lite
 from igrpo_lite import checks
 from igrpo_lite.config import MODEL_DEFAULTS, SECTIONS, ModelOptions, PromptOptions, RunConfig
 from igrpo_lite.errors import ConfigError
 from igrpo_lite.fields import FIELDS, allowed
-from igrpo_lite.settings import RESUMABLE, differences, dump, examine, load_file, merge, resolve
+from igrpo_lite.settings import RESUMABLE, differences, dump, examine, load_file, merge, preflight, resolve
 
 
 def findings(**given: Any) -> list[str]:
@@ -82,8 +83,7 @@ def test_rollouts_are_derived(given: dict[str, Any], counts: tuple[int | None, .
         ({"num_generations": 8, "num_refinements": 8}, "at least 1 draft"),
         ({"algorithm": "grpo", "num_generations": 1}, "no spread, so no advantage"),
         ({"algorithm": "grpo", "num_drafts": 4}, "grpo has one stage"),
-        ({"reward_weights": [1, 2, 3]}, "3 given for 2 reward_funcs"),
-        ({"reward_weights": [0, 0]}, "nothing to learn from"),
+        ({"epsilon_high": 0.1}, "below epsilon 0.2"),
     ],
 )
 def test_contradictions_are_named(given: dict[str, Any], reason: str) -> None:
@@ -92,7 +92,7 @@ def test_contradictions_are_named(given: dict[str, Any], reason: str) -> None:
 
 
 def test_contradictions_are_found_beside_bad_fields_but_not_because_of_them() -> None:
-    found = findings(max_steps=0, reward_weights=[1])
+    found = findings(max_steps=0, device="gpu")
     assert len(found) == 2
     assert len(findings(num_generations="x", num_drafts=20)) == 1
 
@@ -181,6 +181,15 @@ def test_differences_and_what_a_continued_run_may_change() -> None:
     assert set(FIELDS) >= RESUMABLE
 
 
+def test_the_package_offers_its_settings_and_checks_them_before_training() -> None:
+    assert igrpo_lite.resolve is resolve
+    assert igrpo_lite.RunConfig is RunConfig
+    with pytest.raises(ConfigError, match=r"(?s)did you mean max_steps.*no such folder"):
+        igrpo_lite.train(max_step=1, model="./none")
+    with pytest.raises(AttributeError):
+        _ = igrpo_lite.nothing
+
+
 def test_every_field_has_a_sentence_and_allowed_values() -> None:
     for name, field in FIELDS.items():
         assert field.description, name
@@ -189,6 +198,13 @@ def test_every_field_has_a_sentence_and_allowed_values() -> None:
     assert set(FIELDS) == set(RunConfig.model_fields)
     for defaults in MODEL_DEFAULTS.values():
         assert defaults.keys() <= FIELDS.keys()
+
+
+def test_preflight_gathers_what_is_wrong_with_files_and_functions() -> None:
+    found = preflight(
+        resolve({"model": "./none", "data": "none.jsonl", "reward_funcs": "acuracy", "reward_weights": [1, 2]})
+    )
+    assert [text.split(":")[0] for text in found] == ["model", "data", "reward_funcs", "reward_weights"]
 
 
 def _model(folder: Path, **config: Any) -> Path:

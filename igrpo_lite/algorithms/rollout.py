@@ -118,7 +118,6 @@ class RolloutCollector:
         drafts = [r for slot, p in enumerate(pending) for r in self._requests(p, slot, "stage1", count1, step)]
         self.sampler.run(drafts, on_finished)
         if deferred:
-            # Refinements become known in the order in which drafts ended; samples do not depend on it, but keep it tidy.
             self.sampler.run(sorted(deferred, key=_slot_and_index), on_finished)
         return [Rollout(p.groups["stage1"], p.choice, p.groups.get("stage2")) for p in pending]
 

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import io
+import select
 import sys
 from collections.abc import Sequence
 
@@ -10,10 +12,9 @@ from cyclopts import App, CycloptsError
 from igrpo_lite import __version__
 from igrpo_lite.cli import evaluate, recipes, show_prompt, train
 from igrpo_lite.cli.flags import complaints
-from igrpo_lite.errors import StoppedRun, UserError
+from igrpo_lite.errors import UserError
 
 INTERRUPTED = 130
-STOPPED = 3
 MISTAKE = 2
 
 
@@ -43,23 +44,40 @@ def run(tokens: Sequence[str] | None = None) -> int:
         if unused:
             _report(complaints(app, words, unused, bound.arguments))
             return MISTAKE
-        command(*bound.args, **bound.kwargs)
+        code = command(*bound.args, **bound.kwargs)
+        sys.stdout.flush()
+        return code or 0
     except CycloptsError as error:
         error.verbose = False
         _report([" ".join(str(error).split())])
         return MISTAKE
     except UserError as error:
         _report(error.problems)
-        return STOPPED if isinstance(error, StoppedRun) else MISTAKE
+        return MISTAKE
     except KeyboardInterrupt:
         return INTERRUPTED
-    return 0
+    except BrokenPipeError:
+        if not _reader_left():
+            raise
+        return 0
 
 
 def _dashed(word: str) -> str:
     """``--max_steps`` is as good as ``--max-steps``: other trainers write their flags with underscores."""
     name, equals, value = word.partition("=")
     return name.replace("_", "-") + equals + value if word.startswith("--") else word
+
+
+def _reader_left() -> bool:
+    """Whether the program that our output was piped to, like ``head``, has read enough."""
+    if not hasattr(select, "poll"):
+        return False
+    output = select.poll()
+    output.register(1)
+    if not any(event & select.POLLERR for _, event in output.poll(0)):
+        return False
+    sys.stdout = io.StringIO()  # or Python complains when it flushes at exit
+    return True
 
 
 def _report(problems: Sequence[str]) -> None:

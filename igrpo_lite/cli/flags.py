@@ -27,7 +27,7 @@ Recipe = Annotated[str | None, Parameter(help="YAML file, or the name of a recip
 """Type of every verb's ``--config``."""
 
 
-def settings_flags(verb: Callable[..., None], names: Iterable[str] = FIELDS) -> Callable[..., None]:
+def settings_flags(verb: Callable[..., int | None], names: Iterable[str] = FIELDS) -> Callable[..., int | None]:
     """A verb whose ``**settings`` became one flag per named setting."""
     signature = inspect.signature(verb, eval_str=True)
     own = [p for p in signature.parameters.values() if p.kind is not inspect.Parameter.VAR_KEYWORD]
@@ -35,8 +35,8 @@ def settings_flags(verb: Callable[..., None], names: Iterable[str] = FIELDS) -> 
     ordered = [name for name in FIRST if name in wanted] + [name for name in wanted if name not in FIRST]
     flags = [_flag(name) for name in ordered]
 
-    def command(*args: Any, **kwargs: Any) -> None:
-        verb(*args, **kwargs)
+    def command(*args: Any, **kwargs: Any) -> int | None:
+        return verb(*args, **kwargs)
 
     command.__doc__ = verb.__doc__
     command.__signature__ = signature.replace(parameters=[*own, *flags])  # type: ignore[attr-defined]

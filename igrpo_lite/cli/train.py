@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import signal
 from collections.abc import Callable
 from typing import Annotated, Any
 
@@ -15,7 +16,11 @@ _DUMP = Parameter(
 )
 
 
-def verb() -> Callable[..., None]:
+DIAGNOSED = 3
+"""Exit code of a run that was stopped because it could not learn; a signal's is 128 and its number, as in a shell."""
+
+
+def verb() -> Callable[..., int | None]:
     """The verb with a flag for every setting."""
     return settings_flags(train)
 
@@ -25,13 +30,16 @@ def train(
     config: Recipe = None,
     dump_config: Annotated[bool, _DUMP] = False,
     **settings: Any,
-) -> None:
+) -> int:
     """Train a model. Settings come from flags, then the recipe, then the model's defaults. Running the same command
     again continues the run."""
     resolved = checked(config, settings)
     if dump_config:
         print(dump(resolved))
-        return
+        return 0
     from igrpo_lite.training import train as start
 
-    start(resolved)
+    stopped_by = start(resolved)["stopped_by"]
+    if stopped_by == "diagnosis":
+        return DIAGNOSED
+    return 128 + signal.Signals[stopped_by] if stopped_by in signal.Signals.__members__ else 0

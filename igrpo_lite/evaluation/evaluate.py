@@ -45,12 +45,17 @@ class Evaluation:
     answered: tuple[Answered, ...]
     seconds: float
 
+    def right(self, refined: bool = False) -> list[bool]:
+        """Which single-pass (or refined) answers are correct, in problem order."""
+        verdicts = (a.refined_verdict if refined else a.single_verdict for a in self.answered)
+        return [found.reason == "correct" for found in verdicts]
+
     def result(self) -> dict[str, Any]:
         """Accuracies with intervals, mean length and truncated share: the form that records and screens use."""
         n = len(self.answered)
         return {
-            "single": asdict(wilson(sum(a.single_verdict.reason == "correct" for a in self.answered), n)),
-            "refined": asdict(wilson(sum(a.refined_verdict.reason == "correct" for a in self.answered), n)),
+            "single": asdict(wilson(sum(self.right()), n)),
+            "refined": asdict(wilson(sum(self.right(refined=True)), n)),
             "single_length": sum(len(a.single.ids) for a in self.answered) / n,
             "single_truncated": sum(a.single.truncated for a in self.answered) / n,
         }

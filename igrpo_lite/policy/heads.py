@@ -7,15 +7,15 @@ keeps every other row out of the head.
 from __future__ import annotations
 
 from collections.abc import Callable
-from typing import Any
 
 import torch
 from torch import Tensor, nn
+from transformers import PreTrainedModel
 
 Head = Callable[[Tensor], Tensor]
 
 
-def split_heads(model: nn.Module) -> tuple[nn.Module, Head]:
+def split_heads(model: PreTrainedModel) -> tuple[nn.Module, Head]:
     """Backbone and head of a causal language model; ``head(hidden [..., H]) -> logits [..., V]`` in float32.
 
     Applies the logit scaling and soft-capping of the architectures that have one. :func:`check_split` verifies it.
@@ -37,15 +37,10 @@ def split_heads(model: nn.Module) -> tuple[nn.Module, Head]:
 
 
 @torch.no_grad()
-def check_split(model: nn.Module) -> bool:
+def check_split(model: PreTrainedModel) -> bool:
     """Whether backbone and head together give the model's own logits on a short probe."""
     backbone, head = split_heads(model)
     ids = torch.arange(3, 11, device=next(model.parameters()).device)[None] % model.config.get_text_config().vocab_size
     ours = head(backbone(input_ids=ids, use_cache=False).last_hidden_state)
     theirs = model(input_ids=ids, use_cache=False).logits.float()
     return bool(torch.allclose(ours, theirs, rtol=1e-3, atol=1e-3 * float(theirs.abs().max())))
-
-
-def hidden_states(backbone: nn.Module, **inputs: Any) -> Tensor:
-    """Final hidden states, ``[B, T, H]``."""
-    return backbone(**inputs).last_hidden_state

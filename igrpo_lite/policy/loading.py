@@ -11,9 +11,11 @@ import torch
 from peft import LoraConfig, PeftModel, get_peft_model
 from torch import nn
 from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer, PreTrainedTokenizerBase
+from transformers.utils import logging as transformers_logging
 
 from igrpo_lite.config import ModelOptions
 from igrpo_lite.errors import ModelError
+from igrpo_lite.policy.attention import register
 from igrpo_lite.policy.heads import check_split
 from igrpo_lite.tiny import MODEL_DIR
 
@@ -45,8 +47,8 @@ def model_path(name: str) -> str:
     return str(MODEL_DIR) if name == "tiny" else name
 
 
-def load_policy(options: ModelOptions, seed: int) -> Policy:
-    """Load model and tokenizer and put a fresh LoRA adapter on it, made from ``seed`` alone.
+def load_policy(options: ModelOptions, seed: int, adapter: Path | None = None) -> Policy:
+    """Load model and tokenizer and put a LoRA adapter on it: a fresh one made from ``seed`` alone, or a saved one.
 
     Raises:
         ModelError: no such model, not a causal language model, no tokenizer, or not supported.
@@ -61,9 +63,14 @@ def load_policy(options: ModelOptions, seed: int) -> Policy:
             "logits that igrpo-lite does not know; please report it with the model's name"
         )
     _set_threads(options, model)
+    peft_model = _fresh_adapter(model, options, seed) if adapter is None else _saved_adapter(model, adapter)
+    return Policy(peft_model, tokenizer, device, stop_ids(model, tokenizer), context_length(model.config))
+
+
+def _fresh_adapter(model: Any, options: ModelOptions, seed: int) -> PeftModel:
     # Seeded immediately before the adapter is drawn, so that nothing that happens while loading can shift it.
     torch.manual_seed(seed)
-    targets: Any = options.lora_target_modules
+    targets = options.lora_target_modules
     config = LoraConfig(
         r=options.lora_r,
         lora_alpha=options.lora_alpha or options.lora_r,
@@ -73,9 +80,18 @@ def load_policy(options: ModelOptions, seed: int) -> Policy:
     try:
         peft_model = get_peft_model(model, config)
     except ValueError as error:
-        raise ModelError(f"lora_target_modules: {error}") from error
+        raise ModelError(f"lora_target_modules: {_first_line(error)}") from error
     assert isinstance(peft_model, PeftModel)
-    return Policy(peft_model, tokenizer, device, stop_ids(model, tokenizer), context_length(model.config))
+    return peft_model
+
+
+def _saved_adapter(model: Any, folder: Path) -> PeftModel:
+    if not (folder / "adapter_config.json").is_file():
+        raise ModelError(f"{folder} holds no adapter (no adapter_config.json)")
+    try:
+        return PeftModel.from_pretrained(model, folder)
+    except (OSError, RuntimeError, ValueError, KeyError) as error:
+        raise ModelError(f"adapter {folder} does not fit the model: {_first_line(error)}") from error
 
 
 def load_tokenizer(options: ModelOptions) -> PreTrainedTokenizerBase:
@@ -86,7 +102,9 @@ def load_tokenizer(options: ModelOptions) -> PreTrainedTokenizerBase:
     except Exception as error:
         raise ModelError(f"model {options.model!r}: no usable tokenizer: {_first_line(error)}") from error
     if tokenizer.eos_token_id is None:
-        raise ModelError(f"model {options.model!r}: its tokenizer has no end-of-sequence token, so nothing would ever end")
+        raise ModelError(
+            f"model {options.model!r}: its tokenizer has no end-of-sequence token, so nothing would ever end"
+        )
     if tokenizer.pad_token_id is None:
         tokenizer.pad_token = tokenizer.eos_token
     return tokenizer
@@ -135,9 +153,10 @@ def read_context_length(options: ModelOptions) -> int:
 def _load_model(path: str, options: ModelOptions, dtype: torch.dtype) -> Any:
     config = _read_config(options)
     _refuse_unsupported(config, options.model)
+    transformers_logging.disable_progress_bar()  # it would write across our own screen
     try:
         return AutoModelForCausalLM.from_pretrained(
-            path, revision=options.revision, config=config, dtype=dtype, attn_implementation="sdpa"
+            path, revision=options.revision, config=config, dtype=dtype, attn_implementation=register()
         )
     except Exception as error:
         raise ModelError(f"model {options.model!r} could not be loaded: {_first_line(error)}") from error

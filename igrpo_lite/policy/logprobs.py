@@ -17,7 +17,7 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
-from transformers import DynamicCache
+from transformers import DynamicCache, PreTrainedModel
 
 from igrpo_lite.policy.heads import Head, split_heads
 
@@ -39,7 +39,7 @@ Layout = Callable[[nn.Module, Sequence[int], Sequence[Sequence[int]], torch.devi
 
 
 def completion_logprobs(
-    model: nn.Module,
+    model: PreTrainedModel,
     prompt: Sequence[int],
     completions: Sequence[Sequence[int]],
     temperature: float,
@@ -61,7 +61,7 @@ def completion_logprobs(
     return TokenLogprobs(logprobs.masked_scatter(mask, picked), entropies.masked_scatter(mask, entropy), mask)
 
 
-def best_layout(model: nn.Module) -> Layout:
+def best_layout(model: PreTrainedModel) -> Layout:
     """:func:`shared_prefix` where every layer attends to everything and keys are kept, else :func:`rows`."""
     config = model.config.get_text_config()
     kinds = set(getattr(config, "layer_types", None) or ["full_attention"])
@@ -135,14 +135,3 @@ def pad_rows(sequences: Sequence[Sequence[int]], device: torch.device) -> tuple[
         ids[row, : len(sequence)] = torch.tensor(sequence)
         mask[row, : len(sequence)] = True
     return ids.to(device), mask.to(device)
-
-
-__all__ = [
-    "TokenLogprobs",
-    "best_layout",
-    "completion_logprobs",
-    "head_logprobs",
-    "pad_rows",
-    "rows",
-    "shared_prefix",
-]

@@ -114,7 +114,8 @@ class PlainScreen:
         cuts = [share for stage in stages if (share := metrics.get(f"{stage}/truncated")) is not None]
         row += f"{_tight(metrics.get(f'{last}/informative')):>13}{_tight(max(cuts, default=None)):>6}"
         row += f"{number(metrics.get(f'{last}/length'), 0):>8}"
-        return row + f"{count((metrics.get('time') or {}).get('tokens_per_second')):>7}{duration(self._pace.remaining()):>7}"
+        speed = (metrics.get("time") or {}).get("tokens_per_second")
+        return row + f"{count(speed):>7}{duration(self._pace.remaining()):>7}"
 
     def _say(self, line: str) -> None:
         self._spoke = self._clock()

@@ -13,7 +13,7 @@ from igrpo_lite.report.sample import Sample
 Level = Literal["info", "warning"]
 EvaluationName = Literal["before", "during", "after"]
 
-# Commands started from a notebook cell get a pseudo-terminal, so `isatty` alone would put cursor movements into the cell.
+# A command started from a notebook's cell gets a pseudo-terminal: `isatty` alone would put cursor moves into the cell.
 _NOTEBOOK_VARIABLES = ("JPY_PARENT_PID", "COLAB_RELEASE_TAG", "KAGGLE_KERNEL_RUN_TYPE")
 
 

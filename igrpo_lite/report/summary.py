@@ -18,17 +18,21 @@ class Summary(TypedDict, total=False):
     before: Mapping[str, Any] | None
     """Evaluation of the model without adapter: {"step", "single": {"accuracy", "n", "low", "high"}, "refined": ...}."""
     after: Mapping[str, Any] | None
-    """Evaluation of the kept adapter; its "step" says when it was taken."""
+    """Evaluation after the last step; absent where the run was stopped before."""
+    best: Mapping[str, Any] | None
+    """The evaluation with the best single-pass accuracy."""
     steps: int
     max_steps: int
     stopped: str | None
     """Why the run ended before `max_steps`, if it did."""
     evaluations: int
-    """Evaluations among which the kept adapter was the best; above 1 the choice flatters it a little."""
+    """Evaluations among which `best` is the best: the choice flatters it a little."""
     time: Mapping[str, float]
     """Seconds per phase."""
     adapter: str | None
-    """Folder of the kept adapter."""
+    """Folder of the last adapter."""
+    best_adapter: str | None
+    """Folder of the adapter of `best`."""
     next: Sequence[str]
     """Commands or sentences on how to go on, one per line."""
 
@@ -39,12 +43,13 @@ def summary_view(summary: Mapping[str, Any]) -> RenderableType:
     before, after = summary.get("before"), summary.get("after")
     if before or after:
         parts += [Text(), _accuracy_table(before or {}, after or {}), Text()]
-        parts += [Text(f"  {note}") for note in _notes(summary, before or {}, after or {})]
+        parts += [Text(f"  {note}") for note in _notes(before or {}, after or {}) + _best_note(summary)]
     if times := summary.get("time"):
         phases = ", ".join(f"{clean(name)} {duration(seconds)}" for name, seconds in times.items())
         parts += [Text(), Text(f"  Time      {phases}")]
-    if adapter := summary.get("adapter"):
-        parts.append(_unbroken(f"  Adapter   {clean(str(adapter))}"))
+    for label, key in (("Adapter ", "adapter"), ("Best    ", "best_adapter")):
+        if folder := summary.get(key):
+            parts.append(_unbroken(f"  {label}  {clean(str(folder))}"))
     for index, line in enumerate(summary.get("next") or ()):
         parts.append(_unbroken(("  Go on     " if index == 0 else "            ") + clean(line)))
     return Group(*parts)
@@ -81,16 +86,25 @@ def _change(old: Mapping[str, Any] | None, new: Mapping[str, Any] | None) -> str
     return f"{100 * (new['accuracy'] - old['accuracy']):+.1f} points"
 
 
-def _notes(summary: Mapping[str, Any], before: Mapping[str, Any], after: Mapping[str, Any]) -> list[str]:
+def _notes(before: Mapping[str, Any], after: Mapping[str, Any]) -> list[str]:
     old, new = before.get("single"), after.get("single")
     if not old or not new:
-        return ["In brackets: 95 % intervals. Without both evaluations no change can be stated."]
+        return ["95 % intervals in brackets. With one evaluation no change can be stated."]
     notes = [f"n = {new['n']} problems; 95 % intervals in brackets."]
     if old["low"] <= new["high"] and new["low"] <= old["high"]:
-        notes += ["The single-pass intervals overlap: the change can be noise.", "A larger --eval-size would tell more."]
+        notes.append("The single-pass intervals overlap: the change can be noise.")
+        notes.append("A larger --eval-size would tell more.")
     else:
         notes.append("The single-pass intervals do not overlap; it is still one run with one seed.")
-    if summary.get("evaluations", 0) > 1:
-        step = after.get("step", "?")
-        notes.append(f"Step {step} was the best of {summary['evaluations']} evaluations on these problems: slightly flattering.")
     return notes
+
+
+def _best_note(summary: Mapping[str, Any]) -> list[str]:
+    best, after = summary.get("best"), summary.get("after") or {}
+    if not best or best.get("step") == after.get("step"):
+        return []
+    among = f" of {summary['evaluations']} evaluations" if summary.get("evaluations") else ""
+    return [
+        f"Best{among}: {accuracy(best.get('single'))} at step {best.get('step', '-')};",
+        "chosen on these same problems, which flatters it a little.",
+    ]

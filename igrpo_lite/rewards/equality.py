@@ -40,15 +40,17 @@ _AFTER = re.compile(r"(?:[A-Za-z\s:,.;?'\"/-]|(?<=[A-Za-z])(?:\^(?:\{-?[0-9]\}|-
 _WORD = re.compile(r"[A-Za-z]+")
 
 _OPERATIONS = frozenset(
-    "pi sqrt log ln sin cos tan exp mod times plus minus or squared cubed factorial hundred thousand million billion "
-    "trillion dozen half third quarter twice double triple".split()
+    _WORD.findall(
+        "pi sqrt log ln sin cos tan exp mod times plus minus or squared cubed factorial hundred thousand million "
+        "billion trillion dozen half third quarter twice double triple"
+    )
 )
 """Words that make the number beside them another number, or offer a second one."""
-_RELATIONS = frozenset("not no less more fewer greater than least most under over above below between".split())
+_RELATIONS = frozenset(_WORD.findall("not no less more fewer greater than least most under over above below between"))
 """Words that, before a number, say that the answer is not that number."""
 _UNIT_LETTERS = frozenset("mghslLNJWVCF")
 _ATTACHED_UNITS = frozenset(
-    "mm cm dm km mg kg ml mL cl dl in ft yd mi oz lb lbs hr hrs min mins sec secs ms usd USD".split()
+    _WORD.findall("mm cm dm km mg kg ml mL cl dl in ft yd mi oz lb lbs hr hrs min mins sec secs ms usd USD")
 )
 
 _CHARACTERS = str.maketrans(

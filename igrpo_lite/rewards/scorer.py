@@ -78,8 +78,7 @@ class Scorer:
     Attributes:
         names: one name per reward, as in ``Score.parts``: a user's function goes by its own name where that is unique.
         weights: one weight per reward.
-        failures: failed calls (raised or timed out) by name, for users' functions; a resumed run puts the earlier ones in.
-        calls: how the calls of this process went, by name, with the first failure's text.
+        failures: how the calls went, by name, for users' functions. A resumed run may put earlier counts in.
 
     Raises:
         RewardError: with all of :func:`reward_findings`.
@@ -97,10 +96,9 @@ class Scorer:
             if options.reward_weights is None
             else tuple(options.reward_weights)
         )
-        self.calls: dict[str, Calls] = {
+        self.failures: dict[str, Calls] = {
             name: Calls() for name, spec in zip(self.names, self._specs, strict=True) if spec not in BUILTIN
         }
-        self.failures: dict[str, int] = dict.fromkeys(self.calls, 0)
         self._worker = Worker()
 
     def __enter__(self) -> Scorer:
@@ -197,11 +195,10 @@ class Scorer:
         return values
 
     def _count(self, name: str, spec: str, outcome: Outcome, strict: bool) -> None:
-        calls = self.calls[name]
+        calls = self.failures[name]
         calls.made += 1
         if outcome.error is None:
             return
-        self.failures[name] = self.failures.get(name, 0) + 1
         calls.timed_out += outcome.timed_out
         calls.raised += not outcome.timed_out
         calls.first = calls.first or outcome.error

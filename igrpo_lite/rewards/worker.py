@@ -26,7 +26,7 @@ import traceback
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, BinaryIO
+from typing import IO, Any
 
 from igrpo_lite.errors import RewardError
 from igrpo_lite.rewards.custom import UserFunction, last_lines, load_function, run_function
@@ -146,7 +146,8 @@ class Worker:
         except Exception as error:
             raise RewardError(f"reward {request[1]}: a column of the data cannot be handed to it: {error}") from error
         process = self._process
-        assert process is not None and process.stdin is not None
+        assert process is not None
+        assert process.stdin is not None
         with contextlib.suppress(OSError):  # already dead: the missing reply says so
             write_frame(process.stdin, frame)
         kind, content = pickle.loads(self._receive(timeout))
@@ -176,10 +177,9 @@ class Worker:
 
     def _hung_at(self) -> str:
         with contextlib.suppress(OSError):
-            thread = (
-                Path(self._trace).read_text(encoding="utf-8", errors="replace").rpartition("most recent call first")[2]
-            )
-            lines = [line for line in thread.splitlines()[1:] if _OURS not in line]
+            traces = Path(self._trace).read_text(encoding="utf-8", errors="replace")
+            main_thread = traces.rpartition("most recent call first")[2]
+            lines = [line for line in main_thread.splitlines()[1:] if _OURS not in line]
             return "\n".join(line for line in lines[:4] if line.strip())
         return ""
 
@@ -204,19 +204,19 @@ class Worker:
         return code
 
 
-def _pump(pipe: BinaryIO, replies: queue.SimpleQueue[bytes | None]) -> None:
+def _pump(pipe: IO[bytes], replies: queue.SimpleQueue[bytes | None]) -> None:
     with contextlib.suppress(OSError, ValueError), pipe:
         while (frame := read_frame(pipe)) is not None:
             replies.put(frame)
     replies.put(None)
 
 
-def write_frame(pipe: BinaryIO, frame: bytes) -> None:
+def write_frame(pipe: IO[bytes], frame: bytes) -> None:
     pipe.write(len(frame).to_bytes(8, "big") + frame)
     pipe.flush()
 
 
-def read_frame(pipe: BinaryIO) -> bytes | None:
+def read_frame(pipe: IO[bytes]) -> bytes | None:
     """The next frame, or ``None`` at the end of the pipe."""
     head = pipe.read(8)
     if len(head) < 8:
@@ -236,14 +236,16 @@ def serve(parent: int, trace_path: str) -> None:
     if os.getcwd() not in sys.path and "" not in sys.path:
         sys.path.append(os.getcwd())
     inbox: queue.SimpleQueue[bytes | None] = queue.SimpleQueue()
-    threading.Thread(target=_read_until_parent_ends, args=(requests, inbox), daemon=True).start()
+    threading.Thread(target=_read_until_parent_ends, args=(requests, inbox, trace_path), daemon=True).start()
     if os.name == "posix":
-        threading.Thread(target=_watch, args=(parent,), daemon=True).start()
+        threading.Thread(target=_watch, args=(parent, trace_path), daemon=True).start()
     functions: dict[str, UserFunction] = {}
     with asyncio.Runner() as runner, open(trace_path, "w", encoding="utf-8") as trace:
         write_frame(replies, b"ready")
         while (frame := inbox.get()) is not None:
             write_frame(replies, pickle.dumps(_answer(frame, functions, runner, trace)))
+    with contextlib.suppress(OSError):
+        os.unlink(trace_path)
 
 
 def _answer(frame: bytes, functions: dict[str, UserFunction], runner: asyncio.Runner, trace: Any) -> tuple[str, Any]:
@@ -286,23 +288,25 @@ def _own_part(text: str) -> str:
     return last_lines("\n".join(kept), 40)
 
 
-def _read_until_parent_ends(requests: BinaryIO, inbox: queue.SimpleQueue[bytes | None]) -> None:
+def _read_until_parent_ends(requests: IO[bytes], inbox: queue.SimpleQueue[bytes | None], trace_path: str) -> None:
     with contextlib.suppress(OSError):
         while (frame := read_frame(requests)) is not None:
             inbox.put(frame)
     inbox.put(None)
     time.sleep(EXIT_SECONDS)
-    _end()
+    _end(trace_path)
 
 
-def _watch(parent: int) -> None:
+def _watch(parent: int, trace_path: str) -> None:
     # The pipe's end is not enough: another child forked from the parent may hold it open.
     while os.getppid() == parent:
         time.sleep(2.0)
-    _end()
+    _end(trace_path)
 
 
-def _end() -> None:
+def _end(trace_path: str) -> None:
+    with contextlib.suppress(OSError):
+        os.unlink(trace_path)
     if sys.platform != "win32" and os.getpgrp() == os.getpid():
         os.killpg(os.getpid(), signal.SIGKILL)
     os._exit(0)

@@ -8,7 +8,6 @@ cost what it cannot spare, and the frozen weights are never merged into, because
 from __future__ import annotations
 
 import copy
-from types import TracebackType
 from typing import Literal
 
 import torch
@@ -52,7 +51,7 @@ class Replica:
         self.policy.eval()
         return self.policy.get_base_model()
 
-    def __exit__(self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None) -> None:
+    def __exit__(self, *exception: object) -> None:
         if self._copy is None:
             self.policy.train(self._was_training)
 
@@ -61,7 +60,7 @@ class Replica:
         """Recompute the copy's adapted weights from the untouched base and the adapter's current tensors."""
         for source, target in self._merges:
             target.weight.copy_(source.get_base_layer().weight)
-            for name in source.active_adapters:
+            for name in () if source.disable_adapters else source.active_adapters:
                 if name in source.lora_A:
                     target.weight.add_(source.get_delta_weight(name).to(target.weight.dtype))
 

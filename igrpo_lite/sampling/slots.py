@@ -13,6 +13,8 @@ import torch
 from torch import Tensor
 from transformers import Cache, DynamicCache
 
+_CAPACITY_STEP = 64
+
 
 class SlotCache(Cache):
     """A key-value cache whose rows have lengths of their own.
@@ -47,7 +49,9 @@ class SlotCache(Cache):
             seen &= key > position - window
         return seen[:, None, None, :]
 
-    def update(self, key_states: Tensor, value_states: Tensor, layer_idx: int, *_: Any, **__: Any) -> tuple[Tensor, Tensor]:
+    def update(
+        self, key_states: Tensor, value_states: Tensor, layer_idx: int, *_: Any, **__: Any
+    ) -> tuple[Tensor, Tensor]:
         """Called by each attention layer with one new token per live row, ``[live, kv_heads, 1, head_dim]``."""
         rows, at = self._rows[: self.live], self.lengths[: self.live]
         keys, values = self.keys[layer_idx], self.values[layer_idx]
@@ -83,17 +87,18 @@ class SlotCache(Cache):
         self.width = int(self.lengths[:live].max()) if live else 0
 
     def reserve(self, prefix: PrefixKV) -> None:
-        """Make room for ``prefix.reserve`` tokens in every slot."""
+        """Make room for ``prefix.reserve`` tokens in every slot, rounded up so that growing stays rare."""
+        capacity = -(-prefix.reserve // _CAPACITY_STEP) * _CAPACITY_STEP
         if not self.keys:
+            # Zeros, not whatever the memory holds: a masked NaN is still a NaN.
             for keys, values in prefix.layers:
-                shape = (self.num_slots, keys.shape[0], prefix.reserve, keys.shape[2])
+                shape = (self.num_slots, keys.shape[0], capacity, keys.shape[2])
                 self.keys.append(keys.new_zeros(shape))
                 self.values.append(values.new_zeros(shape))
         elif self.keys[0].shape[2] < prefix.reserve:
             for blocks in (self.keys, self.values):
                 for layer, old in enumerate(blocks):
-                    shape = (*old.shape[:2], prefix.reserve, old.shape[3])
-                    blocks[layer] = old.new_zeros(shape)
+                    blocks[layer] = old.new_zeros(*old.shape[:2], capacity, old.shape[3])
                     blocks[layer][:, :, : old.shape[2]] = old
 
     def get_seq_length(self, layer_idx: int = 0) -> int:

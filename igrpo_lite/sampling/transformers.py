@@ -15,7 +15,7 @@ import numpy as np
 import torch
 from torch import Tensor
 from torch.nn.functional import pad
-from transformers import DynamicCache, PreTrainedTokenizerBase
+from transformers import DynamicCache, PreTrainedModel, PreTrainedTokenizerBase
 
 from igrpo_lite.policy.heads import split_heads
 from igrpo_lite.sampling.base import OnFinished, Request
@@ -64,7 +64,7 @@ class TransformersSampler:
 class _Run:
     """One call of :meth:`TransformersSampler.run`: the waiting queue and the batch being decoded."""
 
-    def __init__(self, sampler: TransformersSampler, model: torch.nn.Module, on_finished: OnFinished | None) -> None:
+    def __init__(self, sampler: TransformersSampler, model: PreTrainedModel, on_finished: OnFinished | None) -> None:
         self.sampler = sampler
         self.on_finished = on_finished
         self.backbone, self.head = split_heads(model)
@@ -82,7 +82,9 @@ class _Run:
         while self.waiting or self.cache.live:
             free = self.sampler.max_num_seqs - self.cache.live
             # Joining costs a forward pass of its own, so single free slots are gathered while others still decode.
-            if self.waiting and (not self.cache.live or free >= min(len(self.waiting), self.sampler.max_num_seqs // 8 + 1)):
+            if self.waiting and (
+                not self.cache.live or free >= min(len(self.waiting), self.sampler.max_num_seqs // 8 + 1)
+            ):
                 self.admit(free)
             else:
                 self.step()
@@ -118,15 +120,17 @@ class _Run:
         prompts = sorted({request.prompt.ids for request in requests} - self.prefixes.keys(), key=len)
         reserve = max(longest.values())
         while prompts:
-            rows = max(1, _PREFILL_TOKENS // len(prompts[0]))
+            rows = max(1, _PREFILL_TOKENS // len(prompts[-1]))
             chunk, prompts = prompts[:rows], prompts[rows:]
             width = len(chunk[-1])
-            ids = torch.zeros(len(chunk), width, dtype=torch.long)
+            padded = torch.zeros(len(chunk), width, dtype=torch.long)
             for row, prompt in enumerate(chunk):
-                ids[row, : len(prompt)] = torch.tensor(prompt)
-            cache = DynamicCache()  # without the model's configuration: sliding layers then keep every token, as slots do
-            inputs: dict[str, Any] = {"input_ids": ids.to(self.device), "past_key_values": cache, "use_cache": True}
-            hidden = self.backbone(**inputs).last_hidden_state  # causal: what pads on the right cannot be seen
+                padded[row, : len(prompt)] = torch.tensor(prompt)
+            # Made without the model's configuration, so that sliding layers too keep every token, as slots do.
+            cache = DynamicCache()
+            # Causal: what pads on the right cannot be seen from the left.
+            output = self.backbone(input_ids=padded.to(self.device), past_key_values=cache, use_cache=True)
+            hidden = output.last_hidden_state
             ends = torch.tensor([len(prompt) - 1 for prompt in chunk], device=self.device)
             logits = self.head(hidden[torch.arange(len(chunk), device=self.device), ends])
             for row, prompt in enumerate(chunk):
@@ -213,9 +217,10 @@ class _Rows:
         logprobs = torch.log_softmax(logits / torch.where(greedy, 1.0, temperature), dim=-1)
         column = self.count[rows, None]
         cdf = torch.cumsum(logprobs.exp(), dim=-1)
-        drawn = torch.searchsorted(cdf, self.uniforms[rows].gather(1, column) * cdf[:, -1:], right=True)
-        drawn = drawn.clamp_(max=logits.shape[-1] - 1)
-        token = torch.where(greedy, logits.argmax(dim=-1, keepdim=True), drawn)
+        token = torch.searchsorted(cdf, self.uniforms[rows].gather(1, column) * cdf[:, -1:], right=True)
+        token = token.clamp_(max=logits.shape[-1] - 1)
+        if any(request.temperature == 0 for request in self.requests[rows]):
+            token = torch.where(greedy, logits.argmax(dim=-1, keepdim=True), token)
         self.ids[rows] = self.ids[rows].scatter(1, column, token)
         self.logprobs[rows] = self.logprobs[rows].scatter(1, column, logprobs.gather(1, token))
         self.last[rows] = token[:, 0]

@@ -7,4 +7,4 @@ something to improve, without a download and within a minute of one CPU core.
 from pathlib import Path
 
 MODEL_DIR: Path = Path(__file__).resolve().parent / "model"
-"""Folder of the bundled model, as ``AutoModelForCausalLM.from_pretrained`` and ``AutoTokenizer.from_pretrained`` take it."""
+"""Folder of the bundled model: what ``AutoModelForCausalLM`` and ``AutoTokenizer`` take in ``from_pretrained``."""

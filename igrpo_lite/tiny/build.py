@@ -8,7 +8,6 @@ it lacks is arithmetic, not the form of a solution.
 from __future__ import annotations
 
 import argparse
-import os
 import platform
 import random
 import re
@@ -55,6 +54,7 @@ class Recipe:
     weights: dict[str, float] = field(default_factory=lambda: dict.fromkeys(TWO_STEP_KINDS, 1.0))
     drill_steps: int = 200
     drill_share: float = 0.5
+    drill_rest: float = 0.3
     drill_length: int = 8
     draft_start: int = 250
     draft_share: float = 0.4
@@ -155,7 +155,7 @@ class Lessons:
     def batch(self, step: int) -> list[Row]:
         """Rows of one step: all of stage 1, or all of stage 2 with one placement of the draft."""
         recipe, r = self.recipe, self.random
-        if step < recipe.drill_steps and r.random() < recipe.drill_share:
+        if r.random() < (recipe.drill_share if step < recipe.drill_steps else recipe.drill_rest):
             return [self.drill() for _ in range(recipe.batch)]
         second = step >= recipe.draft_start and r.random() < recipe.draft_share
         builder = self.turns if r.random() < recipe.multi_turn else self.plain
@@ -171,6 +171,14 @@ class Lessons:
         return rows
 
 
+def shared_length(texts: list[tuple[int, ...]], limit: int) -> int:
+    """How many of the first ``limit`` ids are the same in all texts."""
+    for length in range(limit):
+        if any(text[length] != texts[0][length] for text in texts):
+            return length
+    return limit
+
+
 def batch_loss(model: LlamaForCausalLM, rows: list[Row]) -> Tensor:
     """Mean cross-entropy of the answers' tokens.
 
@@ -178,7 +186,7 @@ def batch_loss(model: LlamaForCausalLM, rows: list[Row]) -> Tensor:
     gradient included, serve every row.
     """
     texts = [text for text, _ in rows]
-    shared = min(len(os.path.commonprefix(texts)), *(learned.index(True) - 1 for _, learned in rows))
+    shared = shared_length(texts, limit=min(learned.index(True) for _, learned in rows) - 1)
     cache = DynamicCache(config=model.config)
     if shared:
         model.model(input_ids=torch.tensor([texts[0][:shared]]), past_key_values=cache, use_cache=True)
@@ -226,7 +234,9 @@ def answer_all(
 ) -> list[tuple[int, ...]]:
     """The model's answers: greedy ones, or samples at temperature 1; each ends with the end token if it was found."""
     model.eval()
-    encoded = tokenizer.pad({"input_ids": [list(prompt) for prompt in prompts]}, padding_side="left", return_tensors="pt")
+    encoded = tokenizer.pad(
+        {"input_ids": [list(prompt) for prompt in prompts]}, padding_side="left", return_tensors="pt"
+    )
     out = model.generate(**encoded, do_sample=sample, top_k=0, temperature=1.0, max_new_tokens=48)
     answers = []
     for row in out[:, encoded["input_ids"].shape[1] :].tolist():
@@ -289,6 +299,7 @@ def build(recipe: Recipe, output_dir: Path, problems: int = 400, log_every: int 
                 log(f"step {step:4d}  loss {sum(recent) / len(recent):.4f}")
         model.to(torch.bfloat16)
         model.save_pretrained(output_dir)
+        (output_dir / "model.safetensors").chmod(0o644)
         save_tokenizer(tokenizer, output_dir)
         if problems:
             held_out = load("two-step", "validation", problems)

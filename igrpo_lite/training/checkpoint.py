@@ -1,7 +1,8 @@
 """Checkpoints: complete or absent, checked when read, and enough to go on as if nothing had happened.
 
 A checkpoint is written to a temporary folder, flushed to disk, and renamed into place, so that a crash at any moment
-leaves the previous ones untouched. A manifest of hashes tells a damaged one when it is read; the newest sound one counts.
+leaves the previous ones untouched. A manifest of hashes tells a damaged one when it is read; the newest sound one
+counts.
 """
 
 from __future__ import annotations
@@ -142,7 +143,8 @@ def _damage(path: Path) -> str | None:
 
 
 def _random_state() -> dict[str, Any]:
-    _, words, position, has_gauss, cached = np.random.get_state()
+    numpy_state: Any = np.random.get_state()
+    _, words, position, has_gauss, cached = numpy_state
     version, internal, gauss = random.getstate()
     state: dict[str, Any] = {
         "python": [version, list(internal), gauss],

@@ -10,7 +10,7 @@ import math
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
 from statistics import fmean, pvariance
-from typing import Any, Literal
+from typing import Any, Literal, TypeGuard
 
 from igrpo_lite.config import RunConfig
 
@@ -24,6 +24,8 @@ _CONSTANT_COMPLETIONS, _CONSTANT_STEPS = 64, 5
 _ONE_SIDED, _GROUPS = 0.9, 16
 _FALL = 0.2
 _ENTROPY_LOW, _ENTROPY_HIGH = 0.02, 2.0
+
+_LEARNING = {"grpo": ("stage1",), "igrpo": ("stage2",), "igrpo-joint": ("stage1", "stage2")}
 
 _REASON_HINTS = {
     "no_answer": "look at samples.jsonl for the form that was written, and at --answer-style and --system-prompt",
@@ -48,7 +50,7 @@ class Health:
     def __init__(self, config: RunConfig) -> None:
         self._config = config
         self._groups = _group_sizes(config)
-        self._learning = {"grpo": ("stage1",), "igrpo": ("stage2",), "igrpo-joint": ("stage1", "stage2")}[config.algorithm]
+        self._learning = _LEARNING[config.algorithm]
         self._history: list[dict[str, Any]] = []
         self._constant: dict[str, dict[str, Any]] = {}
         self._best: dict[str, Any] | None = None
@@ -112,7 +114,7 @@ class Health:
     def _values(self, key: str, steps: int, skip: int = 0) -> list[float]:
         """The numbers under `key` in the last `steps` steps before the last `skip`; absent ones are left out."""
         entries = self._history[: len(self._history) - skip][-steps:]
-        return [value for entry in entries if _is_number(value := entry.get(key))]
+        return [value for value in (entry.get(key) for entry in entries) if _is_number(value)]
 
     def _mean(self, key: str, steps: int) -> float | None:
         values = self._values(key, steps)
@@ -195,14 +197,13 @@ class Health:
                 return
 
     def _broken(self) -> Iterator[Finding]:
-        bad = [k for k in ("grad_norm", "loss") if isinstance(v := self._now.get(k), float) and not math.isfinite(v)]
-        if bad:
-            yield Finding(
-                "not-finite",
-                "stop",
-                f"{' and '.join(bad)} became {self._now[bad[0]]} at step {self._now['step']}: the adapter would be lost. "
-                f"Lower --learning-rate (now {self._config.learning_rate:g}), or choose --dtype float32 or bfloat16.",
-            )
+        for name in ("grad_norm", "loss"):
+            value = self._now.get(name)
+            if isinstance(value, float) and not math.isfinite(value):
+                text = f"{name} became {value} at step {self._now['step']}; such an update ruins the adapter. Lower "
+                text += f"--learning-rate (now {self._config.learning_rate:g}), or use --dtype float32 or bfloat16."
+                yield Finding("not-finite", "stop", text)
+                return
 
     def _cut(self) -> Iterator[Finding]:
         shares = {stage: share for stage in self._groups if (share := self._mean(f"{stage}/truncated", 5)) is not None}
@@ -223,7 +224,8 @@ class Health:
 
     def _dead_parts(self) -> Iterator[Finding]:
         for name, seen in self._constant.items():
-            value, enough = seen["value"], seen["steps"] >= _CONSTANT_STEPS and seen["completions"] >= _CONSTANT_COMPLETIONS
+            value = seen["value"]
+            enough = seen["steps"] >= _CONSTANT_STEPS and seen["completions"] >= _CONSTANT_COMPLETIONS
             # `accuracy` at its bounds is what all-wrong and all-right explain better; `format` at 1 is the aim.
             if not enough or name == "accuracy" or (name == "format" and value == 1):
                 continue
@@ -247,7 +249,9 @@ class Health:
             text = f"{wrong:.0%} of the groups of {self._called(stage)} have no right answer ({chance}). "
             return Finding("all-wrong", "warning", f"{text}Mostly `{reason}`: {hint}.")
         if right is not None and right >= _ONE_SIDED:
-            text = f"{right:.0%} of the groups of {self._called(stage)} are all right ({chance}): too easy to learn from."
+            text = (
+                f"{right:.0%} of the groups of {self._called(stage)} are all right, too easy to learn from ({chance})."
+            )
             return Finding("all-right", "warning", f"{text} Use harder problems (--data) or a higher --temperature.")
         return None
 
@@ -284,12 +288,12 @@ class Health:
             if (self._mean(f"{stage}/accuracy", _HALF) or 0) >= 0.95:
                 continue
             part = self._main_gain(stage)
+            where = f": the gain is in `{part}`" if part else ""
             text = (
-                f"The reward of the {self._called(stage)} rose by {gain:.2f} within {_HISTORY} steps, their accuracy by "
-                f"{100 * skill:+.1f} points{f': the gain is in `{part}`' if part else ''}. Rewards may be getting satisfied "
-                "without skill: lower that part's weight in --reward-weights, and read samples.jsonl."
+                f"The reward of the {self._called(stage)} rose by {gain:.2f} within {_HISTORY} steps, their accuracy "
             )
-            yield Finding("reward-hacking", "warning", text)
+            text += f"by {100 * skill:+.1f} points{where}. It may be earned without skill: lower that part's "
+            yield Finding("reward-hacking", "warning", f"{text}weight in --reward-weights, and read samples.jsonl.")
             return
 
     def _change(self, key: str) -> tuple[float | None, float]:
@@ -318,13 +322,14 @@ class Health:
         kept = "the adapter of the best held-out evaluation is kept"
         if self._leaks(loss):
             copied = self._mean("stage2/copied", _HALF)
-            share = "" if copied is None else f" ({copied:.0%} copied)"
-            cure = f"L{slower}" if self._config.algorithm == "igrpo-joint" else f"Use --algorithm igrpo-joint, or l{slower}"
-            text = f"Answer leak: the drafts' reward fell {seen}, that of the refinements did not. They take the draft's "
-            text += f"answer over{share}, and single-pass skill is being lost. {cure}; {kept}."
+            share = "" if copied is None else f" ({copied:.0%} repeat it)"
+            other = "" if self._config.algorithm == "igrpo-joint" else "Use --algorithm igrpo-joint, or l"
+            cure = f"{other or 'L'}{slower}"
+            text = f"Answer leak: the drafts' reward fell {seen}, that of the refinements did not. They copy the "
+            text += f"draft's answer{share}, and single-pass skill is being lost. {cure}; {kept}."
             yield Finding("answer-leak", "warning", text)
         elif loss > 4.5 * self._error("first"):
-            text = f"The reward of the {self._called('stage1')} fell {seen}: the policy is getting worse. L{slower}; {kept}."
+            text = f"The reward of the {self._called('stage1')} fell {seen}: the policy gets worse. L{slower}; {kept}."
             yield Finding("reward-fall", "warning", text)
 
     def _leaks(self, loss: float) -> bool:
@@ -342,10 +347,10 @@ class Health:
             return
         mean, rate = fmean(values), f"--learning-rate (now {self._config.learning_rate:g})"
         if mean < _ENTROPY_LOW:
-            text = f"Entropy collapsed to {mean:.3f} nats per token: all rollouts are alike, so groups stop being informative."
+            text = f"Entropy fell to {mean:.3f} nats per token: rollouts are alike, so groups stop being informative."
             yield Finding("entropy-low", "warning", f"{text} Lower {rate} or raise --temperature.")
         elif mean > _ENTROPY_HIGH:
-            text = f"Entropy rose to {mean:.1f} nats per token: the samples are close to random, and learning rarely recovers."
+            text = f"Entropy rose to {mean:.1f} nats per token: samples are close to random; this rarely recovers."
             yield Finding("entropy-high", "warning", f"{text} Lower {rate} or --temperature.")
 
     def _called(self, stage: str) -> str:
@@ -368,7 +373,7 @@ def _kept(metrics: Mapping[str, Any]) -> dict[str, Any]:
     return {key: value for key, value in metrics.items() if key in names or key.startswith(("stage1/", "stage2/"))}
 
 
-def _is_number(value: object) -> bool:
+def _is_number(value: object) -> TypeGuard[float]:
     return isinstance(value, int | float) and math.isfinite(value)
 
 

@@ -12,8 +12,7 @@ from igrpo_lite.algorithms.rollout import Rollout, RolloutCollector
 from igrpo_lite.config import RunConfig
 from igrpo_lite.errors import RunFolderError, UserError
 from igrpo_lite.evaluation.evaluate import evaluate
-from igrpo_lite.report.sample import Sample
-from igrpo_lite.report.screen import Screen
+from igrpo_lite.report.screen import EvaluationName, Screen
 from igrpo_lite.report.trackers import Trackers
 from igrpo_lite.rewards.scorer import Calls
 from igrpo_lite.training.checkpoint import Checkpoints, restore, save_adapter
@@ -24,7 +23,7 @@ from igrpo_lite.training.prepare import Prepared
 from igrpo_lite.training.records import rollout_record, shown_samples
 from igrpo_lite.training.run_folder import Records, RunFolder
 from igrpo_lite.training.schedule import batch_indices, learning_rate
-from igrpo_lite.training.state import Progress
+from igrpo_lite.training.state import Progress, Stop
 from igrpo_lite.training.update import PolicyUpdate
 
 
@@ -48,25 +47,26 @@ class Trainer:
         )
         self.metrics: Records
         self.samples: Records
+        self._fatal: str | None = None
         self._started = self._saved = time.monotonic()
 
-    def run(self, interrupt: Interrupt) -> str | None:
-        """Train until ``max_steps`` or a reason to stop, which is returned; everything is saved either way."""
+    def run(self, interrupt: Interrupt) -> Stop | None:
+        """Train until ``max_steps`` or until something asks to stop; everything is saved either way."""
         self._resume()
         try:
             if not self.progress.evaluations:
                 self._evaluate("before")
                 self._save()
-            reason = None
-            while self.progress.step < self.config.max_steps and reason is None:
+            stop = None
+            while self.progress.step < self.config.max_steps and stop is None:
                 self._guarded_step()
-                reason = self._reason_to_stop(interrupt)
-                if self._evaluation_due(reason):
+                stop = self._stop(interrupt)
+                if self._evaluation_due(stop):
                     self._evaluate("after" if self.progress.step == self.config.max_steps else "during")
-                if self._save_due(reason):
+                if self._save_due(stop):
                     self._save()
             save_adapter(self.parts.policy, self.folder.adapter)
-            return reason
+            return stop
         finally:
             self.metrics.close()
             self.samples.close()
@@ -95,7 +95,9 @@ class Trainer:
         ended = time.perf_counter()
 
         self.progress.step += 1
-        metrics = {"kind": "step", "step": self.progress.step} | step_metrics(rollouts, stats, self.parts.prompts)
+        metrics: dict[str, Any] = {"kind": "step", "step": self.progress.step} | step_metrics(
+            rollouts, stats, self.parts.prompts
+        )
         metrics["learning_rate"] = rate
         metrics["reward_failures"] = sum(calls.failed for calls in self.parts.scorer.failures.values())
         metrics["time"] = self.progress.clock(
@@ -115,12 +117,12 @@ class Trainer:
         for finding in self.health.update(metrics):
             self.screen.message(finding.text, "warning")
             if finding.level == "stop":
-                self.progress.stop_reason = finding.text
+                self._fatal = finding.text
         if self.progress.step % self.config.sample_steps == 0 or self.progress.step == 1:
             good, bad = shown_samples(rollouts)
             self.screen.sample(good, bad)
 
-    def _evaluate(self, name: str) -> None:
+    def _evaluate(self, name: EvaluationName) -> None:
         """Held-out accuracy; the adapter with the best single pass so far is kept in ``best``."""
         self.screen.heartbeat(f"evaluating on {len(self.parts.held_out)} held-out problems")
         limit = self.config.max_completion_length
@@ -141,9 +143,7 @@ class Trainer:
         self.progress.positions = {"metrics": self.metrics.position, "samples": self.samples.position}
         self.progress.health = self.health.state()
         self.progress.reward_failures = {name: asdict(calls) for name, calls in self.parts.scorer.failures.items()}
-        self.checkpoints.save(
-            self.progress.step, self.parts.policy, self.update.optimizer, self.progress.to_json()
-        )
+        self.checkpoints.save(self.progress.step, self.parts.policy, self.update.optimizer, self.progress.to_json())
         self._saved = time.monotonic()
         self.progress.clock(saving=time.perf_counter() - started)
 
@@ -154,8 +154,8 @@ class Trainer:
             self.progress = Progress.from_json(restore(found.path, self.parts.policy, self.update.optimizer))
             if self.progress.fingerprint != fingerprint:
                 raise RunFolderError(
-                    f"the problems are not those that {self.folder.path} was started with (a changed data file?); restore "
-                    "them, or use --fresh to start over"
+                    f"the problems are not those that {self.folder.path} was started with (a changed data file?); "
+                    "restore them, or use --fresh to start over"
                 )
             self.health.load_state(self.progress.health)
             failures = {name: Calls(**calls) for name, calls in self.progress.reward_failures.items()}
@@ -170,25 +170,26 @@ class Trainer:
         for result in self.progress.evaluations:
             self.screen.evaluation("before" if result["step"] == 0 else "during", result)
 
-    def _reason_to_stop(self, interrupt: Interrupt) -> str | None:
-        if interrupt.requested:
-            return f"{interrupt.name} received"
-        if self.progress.stop_reason:
-            return self.progress.stop_reason
+    def _stop(self, interrupt: Interrupt) -> Stop | None:
+        if interrupt.name is not None:
+            return Stop(interrupt.name, f"{interrupt.name} received")
+        if self.progress.step == self.config.max_steps:
+            return None
+        diagnosis = self._fatal or self.health.dead()
+        if diagnosis is not None:
+            return Stop("diagnosis", diagnosis)
         if self.config.max_minutes and time.monotonic() - self._started > 60 * self.config.max_minutes:
-            return f"{self.config.max_minutes:g} minutes are over (--max-minutes)"
-        if self.progress.step < self.config.max_steps:
-            return self.health.dead()
+            return Stop("time", f"{self.config.max_minutes:g} minutes are over (--max-minutes)")
         return None
 
-    def _evaluation_due(self, reason: str | None) -> bool:
+    def _evaluation_due(self, stop: Stop | None) -> bool:
         step = self.progress.step
-        return step == self.config.max_steps or (reason is None and step % self.config.eval_steps == 0)
+        return step == self.config.max_steps or (stop is None and step % self.config.eval_steps == 0)
 
-    def _save_due(self, reason: str | None) -> bool:
+    def _save_due(self, stop: Stop | None) -> bool:
         step = self.progress.step
         due = step % self.config.save_steps == 0 or time.monotonic() - self._saved > 60 * self.config.save_minutes
-        return due or reason is not None or step == self.config.max_steps
+        return due or stop is not None or step == self.config.max_steps
 
     def _heartbeat(self, done: int, total: int) -> None:
         self.screen.heartbeat(f"step {self.progress.step + 1}: {done} of {total} completions")

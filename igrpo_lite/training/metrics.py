@@ -74,7 +74,9 @@ def _refinement(rollouts: Sequence[Rollout]) -> dict[str, Any]:
     copied, fixed, broke = [], [], []
     for rollout in rollouts:
         draft, score, group = rollout.draft, rollout.draft_score, rollout.stage2
-        assert draft is not None and score is not None and group is not None
+        assert draft is not None
+        assert score is not None
+        assert group is not None
         copied += [completion.text.strip() == draft.text.strip() for completion in group.completions]
         right = [s.reason == "correct" for s in group.scores]
         if score.reason == "correct":

@@ -1,17 +1,17 @@
-"""Everything a run works with, made in the order in which mistakes are cheap: data, rewards, prompts, then the model."""
+"""Everything a run works with, made in the order of cost: data, rewards, prompts, and only then the model."""
 
 from __future__ import annotations
 
 import hashlib
-from collections.abc import Sequence
 from dataclasses import dataclass
 
 from igrpo_lite.algorithms.rollout import stage2_size
-from igrpo_lite.config import PromptOptions, RunConfig
-from igrpo_lite.errors import ConfigError, DataError
-from igrpo_lite.policy.loading import Policy, load_policy, load_tokenizer, read_context_length
+from igrpo_lite.config import RunConfig
+from igrpo_lite.errors import DataError
+from igrpo_lite.policy.loading import Policy, load_policy
+from igrpo_lite.policy.prompting import check_context, fitting, prompt_builder
 from igrpo_lite.problems.loading import load_problems
-from igrpo_lite.prompts import STAGE2_TEMPLATES, SYSTEM_PROMPTS, PromptBuilder, read_text_or_file
+from igrpo_lite.prompts import PromptBuilder
 from igrpo_lite.rewards.answers import gold_answer
 from igrpo_lite.rewards.scorer import Scorer
 from igrpo_lite.sampling.base import Sampler
@@ -69,54 +69,6 @@ def prepare(config: RunConfig) -> Prepared:
         scorer.close()
         raise
     return Prepared(train, held_out, scorer, prompts, policy, sampler, notes)
-
-
-def prompt_builder(config: RunConfig) -> PromptBuilder:
-    """The prompt builder that ``config`` describes, with the model's own tokenizer."""
-    return PromptBuilder(
-        load_tokenizer(config),
-        system_prompt(config),
-        stage2_template(config),
-        config.draft_placement,
-        config.max_draft_length,
-    )
-
-
-def system_prompt(options: PromptOptions) -> str:
-    return SYSTEM_PROMPTS[options.answer_style] if options.system_prompt is None else read_text_or_file(options.system_prompt)
-
-
-def stage2_template(options: PromptOptions) -> str:
-    if options.stage2_template is None:
-        return STAGE2_TEMPLATES[options.draft_placement]
-    return read_text_or_file(options.stage2_template)
-
-
-def fitting(problems: Sequence[Problem], prompts: PromptBuilder, limit: int) -> tuple[list[Problem], int]:
-    """Problems whose prompt has at most ``limit`` tokens, and how many have more."""
-    kept = [problem for problem in problems if len(prompts.first(problem.question).ids) <= limit]
-    return kept, len(problems) - len(kept)
-
-
-def check_context(config: RunConfig, prompts: PromptBuilder, problems: Sequence[Problem]) -> None:
-    """Refuse a run whose longest prompt, draft and completion together exceed the model's context.
-
-    Raises:
-        ConfigError: with the sum, and the setting to lower.
-    """
-    context = read_context_length(config)
-    question = max((problem.question for problem in problems), key=lambda q: len(prompts.first(q).ids))
-    first = prompts.first(question)
-    # Evaluation refines with its own draft whatever the algorithm, so the draft counts for GRPO too.
-    prompt = len(prompts.second(question, first, ()).ids)
-    draft = min(config.max_completion_length, config.max_draft_length or config.max_completion_length)
-    needed = prompt + draft + config.max_completion_length
-    if needed > context:
-        raise ConfigError(
-            f"the model's context is {context} tokens, but prompt {prompt} + draft {draft} + completion "
-            f"{config.max_completion_length} may need {needed}; lower --max-completion-length, --max-draft-length or "
-            "--max-prompt-length"
-        )
 
 
 def _prompt_notes(config: RunConfig, prompts: PromptBuilder, dropped: int, dropped_held_out: int) -> list[str]:

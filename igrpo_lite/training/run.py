@@ -15,6 +15,7 @@ from igrpo_lite.training.interrupt import Interrupt
 from igrpo_lite.training.loop import Trainer
 from igrpo_lite.training.prepare import prepare
 from igrpo_lite.training.run_folder import RunFolder
+from igrpo_lite.training.state import Stop
 
 _PACKAGES = ("torch", "transformers", "peft", "datasets", "accelerate", "tokenizers", "numpy")
 
@@ -32,17 +33,21 @@ def run(config: RunConfig) -> dict[str, Any]:
 
 def _train(config: RunConfig, folder: RunFolder, screen: Screen) -> dict[str, Any]:
     started = time.perf_counter()
-    screen.heartbeat("loading data and model")
+    screen.message(f"loading {config.data} and {config.model}")
     parts = prepare(config)
     trackers = Trackers(
-        config.report_to, folder.path, folder.path.name, config.model_dump(), lambda text: screen.message(text, "warning")
+        config.report_to,
+        folder.path,
+        folder.path.name,
+        config.model_dump(),
+        lambda text: screen.message(text, "warning"),
     )
     loading = time.perf_counter() - started
     try:
         with Interrupt() as interrupt:
             trainer = Trainer(config, parts, folder, screen, trackers)
-            reason = trainer.run(interrupt)
-        summary = _summary(config, folder, trainer, reason, loading)
+            stop = trainer.run(interrupt)
+        summary = _summary(config, folder, trainer, stop, loading)
         folder.write_json("summary.json", summary)
         screen.finish(summary)
         return summary
@@ -52,7 +57,7 @@ def _train(config: RunConfig, folder: RunFolder, screen: Screen) -> dict[str, An
 
 
 def _summary(
-    config: RunConfig, folder: RunFolder, trainer: Trainer, reason: str | None, loading: float
+    config: RunConfig, folder: RunFolder, trainer: Trainer, stop: Stop | None, loading: float
 ) -> dict[str, Any]:
     progress = trainer.progress
     finished = progress.step >= config.max_steps
@@ -65,20 +70,21 @@ def _summary(
         "algorithm": config.algorithm,
         "steps": progress.step,
         "max_steps": config.max_steps,
-        "stopped": reason,
+        "stopped": stop and stop.text,
+        "stopped_by": stop and stop.by,
         "rollouts": progress.step * config.prompts_per_step * config.num_generations,
         "problems": {"train": len(trainer.parts.train), "held_out": len(trainer.parts.held_out)},
         "adapter": str(folder.adapter),
         "best_adapter": str(folder.best),
-        "next": _next(folder, reason),
+        "next": _next(folder, stop),
         "time": {"loading": loading} | progress.seconds,
         "seed": config.seed,
         "versions": _versions(),
     }
 
 
-def _next(folder: RunFolder, reason: str | None) -> list[str]:
-    if reason is not None:
+def _next(folder: RunFolder, stop: Stop | None) -> list[str]:
+    if stop is not None:
         return ["run the same command again to go on"]
     return [f"igrpo-lite eval {folder.path}"]
 

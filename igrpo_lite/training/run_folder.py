@@ -1,12 +1,12 @@
 """A run is a folder of plain files; running the same command again continues it.
 
-    config.yaml            every setting, resolved
-    metrics.jsonl          one line per step and per evaluation; everything but the key ``time`` is reproducible
-    samples.jsonl          one line per problem and step: drafts, chosen draft, refinements, rewards, verdicts
-    evaluations/           every held-out answer of each evaluation
-    checkpoints/           what a resumed run starts from
-    adapter/, best/        the last adapter, and the best one by held-out single-pass accuracy
-    summary.json           before and after
+config.yaml            every setting, resolved
+metrics.jsonl          one line per step and per evaluation; everything but the key ``time`` is reproducible
+samples.jsonl          one line per problem and step: drafts, chosen draft, refinements, rewards, verdicts
+evaluations/           every held-out answer of each evaluation
+checkpoints/           what a resumed run starts from
+adapter/, best/        the last adapter, and the best one by held-out single-pass accuracy
+summary.json           before and after
 """
 
 from __future__ import annotations
@@ -14,6 +14,7 @@ from __future__ import annotations
 import json
 import math
 import os
+from contextlib import suppress
 from pathlib import Path
 from typing import Any
 
@@ -49,7 +50,9 @@ class RunFolder:
         except Timeout as error:
             raise RunFolderError(f"{self.path} is in use by another run; wait for it or set --output-dir") from error
         except OSError as error:
-            raise RunFolderError(f"{self.path} cannot be written: {error}; set --output-dir to another folder") from error
+            raise RunFolderError(
+                f"{self.path} cannot be written: {error}; set --output-dir to another folder"
+            ) from error
         try:
             self._check_owner()
             self.write_text("config.yaml", dump(self.config))
@@ -149,10 +152,8 @@ class Records:
         return self._stream.tell()
 
     def close(self) -> None:
-        try:
+        with suppress(OSError):  # a full disk was reported when the line was written
             self._stream.close()
-        except OSError:
-            pass  # a full disk was reported when the line was written
 
 
 def default_folder(config: RunConfig) -> str:

@@ -6,6 +6,14 @@ from dataclasses import asdict, dataclass, field
 from typing import Any
 
 
+@dataclass(frozen=True, slots=True)
+class Stop:
+    """Why a run ended before its last step: ``by`` is ``SIGINT``, ``SIGTERM``, ``time`` or ``diagnosis``."""
+
+    by: str
+    text: str
+
+
 @dataclass(slots=True)
 class Progress:
     """Where a run is.
@@ -18,7 +26,6 @@ class Progress:
         health: state of the diagnosis.
         reward_failures: how calls of users' rewards went so far, by function.
         seconds: time spent so far, by phase.
-        stop_reason: why the diagnosis stopped the run; not kept, so that a resumed run may go on.
     """
 
     fingerprint: str
@@ -28,7 +35,6 @@ class Progress:
     health: dict[str, Any] = field(default_factory=dict)
     reward_failures: dict[str, dict[str, Any]] = field(default_factory=dict)
     seconds: dict[str, float] = field(default_factory=dict)
-    stop_reason: str | None = None
 
     @property
     def best(self) -> dict[str, Any] | None:
@@ -47,7 +53,7 @@ class Progress:
         return dict(phases)
 
     def to_json(self) -> dict[str, Any]:
-        return asdict(self) | {"stop_reason": None}
+        return asdict(self)
 
     @classmethod
     def from_json(cls, state: dict[str, Any]) -> Progress:

@@ -14,7 +14,7 @@ from igrpo_lite.algorithms.objectives import clipped_token_loss, sequence_mean
 from igrpo_lite.algorithms.rollout import Rollout
 from igrpo_lite.config import RunConfig
 from igrpo_lite.policy.loading import Policy
-from igrpo_lite.policy.logprobs import completion_logprobs, shared_prefix, best_layout
+from igrpo_lite.policy.logprobs import best_layout, completion_logprobs, shared_prefix
 from igrpo_lite.types import Completion, Group
 
 

@@ -1,0 +1,52 @@
+"""Grouped attention against transformers' own, values and gradients."""
+
+from __future__ import annotations
+
+import pytest
+import torch
+from models import VOCAB, make_model
+from torch import nn
+from transformers.integrations.sdpa_attention import sdpa_attention_forward
+
+from igrpo_lite.policy.attention import GROUPED_SDPA, grouped_attention, register
+
+
+class Layer(nn.Module):
+    is_causal = True
+
+    def __init__(self, groups: int) -> None:
+        super().__init__()
+        self.num_key_value_groups = groups
+
+
+@pytest.mark.parametrize("groups", [1, 2, 4])
+@pytest.mark.parametrize("length", [1, 5])
+@pytest.mark.parametrize("rows", [1, 3])
+def test_equal_to_sdpa(groups, length, rows):
+    torch.manual_seed(0)
+    query = torch.randn(3, 4, length, 8, requires_grad=True)
+    key, value = (torch.randn(3, 4 // groups, 9, 8, requires_grad=True) for _ in range(2))
+    mask = torch.rand(rows, 1, length, 9) > 0.3
+    mask[..., 0] = True
+    outputs, gradients = [], []
+    for function in (sdpa_attention_forward, grouped_attention):
+        output, _ = function(Layer(groups), query, key, value, mask, scaling=0.3)
+        outputs.append(output)
+        gradients.append(torch.autograd.grad((output**3).sum(), (query, key, value)))
+    torch.testing.assert_close(outputs[0], outputs[1])
+    for a, b in zip(*gradients, strict=True):
+        torch.testing.assert_close(a, b, rtol=1e-4, atol=1e-6)
+
+
+def test_whole_models_agree_with_and_without_a_mask():
+    model = make_model("qwen3")
+    ids = torch.randint(VOCAB, (2, 7))
+    mask = torch.ones(2, 7, dtype=torch.long)
+    mask[1, :3] = 0
+    expected = [model(input_ids=ids).logits, model(input_ids=ids, attention_mask=mask).logits]
+    model.set_attn_implementation(register())
+    assert model.config._attn_implementation == GROUPED_SDPA
+    torch.testing.assert_close(model(input_ids=ids).logits, expected[0], rtol=1e-4, atol=1e-4)
+    torch.testing.assert_close(
+        model(input_ids=ids, attention_mask=mask).logits[:, 3:], expected[1][:, 3:], rtol=1e-4, atol=1e-4
+    )
