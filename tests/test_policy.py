@@ -1,0 +1,100 @@
+"""Loading: what is trained, what stays frozen, what is refused."""
+
+from __future__ import annotations
+
+import json
+import shutil
+
+import pytest
+import torch
+from models import FAMILIES, make_model
+from transformers import AutoTokenizer, BertConfig, BertModel
+
+from igrpo_lite.config import ModelOptions
+from igrpo_lite.errors import ModelError
+from igrpo_lite.policy.heads import check_split, split_heads
+from igrpo_lite.policy.loading import load_policy, load_tokenizer, pick_device, pick_dtype
+from igrpo_lite.tiny import MODEL_DIR
+
+
+@pytest.mark.parametrize("family", FAMILIES)
+def test_backbone_and_head_are_the_model(family):
+    model = make_model(family)
+    assert check_split(model)
+    backbone, head = split_heads(model)
+    ids = torch.randint(90, (2, 9))
+    with torch.no_grad():
+        logits = head(backbone(input_ids=ids).last_hidden_state)
+    torch.testing.assert_close(logits, model(input_ids=ids).logits, rtol=1e-4, atol=1e-4)
+
+
+def test_only_the_adapter_is_trainable_and_alpha_defaults_to_rank():
+    policy = load_policy(ModelOptions(lora_r=4), seed=0)
+    names = [name for name, _ in policy.adapter_parameters()]
+    assert names
+    assert all("lora_" in name for name in names)
+    config = policy.model.peft_config["default"]
+    assert (config.r, config.lora_alpha) == (4, 4)
+    assert policy.tokenizer.eos_token_id in policy.stop_ids
+    assert torch.get_num_threads() == 1
+
+
+def test_the_adapter_depends_on_the_seed_alone():
+    torch.manual_seed(123)
+    first = dict(load_policy(ModelOptions(), seed=7).adapter_parameters())
+    torch.rand(10)
+    second = dict(load_policy(ModelOptions(), seed=7).adapter_parameters())
+    other = dict(load_policy(ModelOptions(), seed=8).adapter_parameters())
+    assert all(torch.equal(first[name], second[name]) for name in first)
+    assert any(not torch.equal(first[name], other[name]) for name in first)
+
+
+def test_dtype_by_device():
+    assert pick_dtype("auto", torch.device("cpu")) == torch.float32
+    assert pick_dtype("bfloat16", torch.device("cpu")) == torch.bfloat16
+    assert pick_device("cpu").type == "cpu"
+
+
+def test_bad_devices_and_models_are_named(tmp_path):
+    with pytest.raises(ModelError, match="device 'toaster'"):
+        pick_device("toaster")
+    with pytest.raises(ModelError, match="nowhere/at-all"):
+        load_policy(ModelOptions(model="nowhere/at-all"), 0)
+    shutil.copytree(MODEL_DIR, tmp_path / "no-weights", ignore=shutil.ignore_patterns("*.safetensors"))
+    with pytest.raises(ModelError, match="no-weights"):
+        load_policy(ModelOptions(model=str(tmp_path / "no-weights")), 0)
+
+
+def test_not_a_causal_language_model(tmp_path):
+    BertModel(
+        BertConfig(hidden_size=8, num_hidden_layers=1, num_attention_heads=2, intermediate_size=8, vocab_size=9)
+    ).save_pretrained(tmp_path)
+    AutoTokenizer.from_pretrained(MODEL_DIR).save_pretrained(tmp_path)
+    with pytest.raises(ModelError):
+        load_policy(ModelOptions(model=str(tmp_path)), 0)
+
+
+def test_recurrent_layers_are_refused(tmp_path):
+    shutil.copytree(MODEL_DIR, tmp_path / "hybrid")
+    file = tmp_path / "hybrid" / "config.json"
+    config = json.loads(file.read_text())
+    config["layer_types"] = ["linear_attention", *["full_attention"] * (config["num_hidden_layers"] - 1)]
+    file.write_text(json.dumps(config))
+    with pytest.raises(ModelError, match="linear_attention"):
+        load_policy(ModelOptions(model=str(tmp_path / "hybrid")), 0)
+
+
+def test_a_tokenizer_without_end_is_refused(tmp_path):
+    tokenizer = AutoTokenizer.from_pretrained(MODEL_DIR)
+    tokenizer.save_pretrained(tmp_path)
+    file = tmp_path / "tokenizer_config.json"
+    config = json.loads(file.read_text())
+    config["eos_token"] = None
+    file.write_text(json.dumps(config))
+    with pytest.raises(ModelError, match="no end-of-sequence token"):
+        load_tokenizer(ModelOptions(model=str(tmp_path)))
+
+
+def test_lora_targets_that_do_not_exist():
+    with pytest.raises(ModelError, match="lora_target_modules"):
+        load_policy(ModelOptions(lora_target_modules=["no_such_layer"]), 0)
