@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from itertools import pairwise
+
 import pytest
 
 from igrpo_lite.config import UpdateOptions
@@ -30,7 +32,7 @@ def test_cosine_with_warmup_and_floor():
     rates = [learning_rate(step, 100, options) for step in range(100)]
     assert rates[:10] == pytest.approx([0.1 * (i + 1) for i in range(10)])
     assert max(rates) == pytest.approx(1.0)
-    assert all(a >= b for a, b in zip(rates[10:], rates[11:], strict=False))
+    assert all(a >= b for a, b in pairwise(rates[10:]))
     assert rates[55] == pytest.approx(0.55, abs=1e-9)
     assert 0.1 < rates[99] < 0.11
 

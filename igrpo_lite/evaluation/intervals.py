@@ -26,7 +26,8 @@ def wilson(successes: int, n: int) -> Estimate:
     p, z2 = successes / n, _Z95**2
     centre = (p + z2 / (2 * n)) / (1 + z2 / n)
     margin = _Z95 / (1 + z2 / n) * math.sqrt(p * (1 - p) / n + z2 / (4 * n * n))
-    return Estimate(p, n, max(0.0, centre - margin), min(1.0, centre + margin))
+    # Rounding must not push a bound past the estimate at 0 or 1.
+    return Estimate(p, n, max(0.0, min(p, centre - margin)), min(1.0, max(p, centre + margin)))
 
 
 @dataclass(frozen=True, slots=True)
