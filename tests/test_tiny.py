@@ -17,7 +17,7 @@ from transformers import AutoModelForCausalLM, AutoTokenizer
 from igrpo_lite.problems.synthetic import GENERATORS, load
 from igrpo_lite.prompts import STAGE2_TEMPLATES, SYSTEM_PROMPTS, AnswerStyle, Placement, PromptBuilder
 from igrpo_lite.tiny import MODEL_DIR
-from igrpo_lite.tiny.build import Recipe, answer_all, build, is_right, main
+from igrpo_lite.tiny.build import Phase, Recipe, answer_all, build, is_right, main
 from igrpo_lite.tiny.tokenizer import build_tokenizer
 
 TOKENIZER = AutoTokenizer.from_pretrained(MODEL_DIR)
@@ -111,7 +111,8 @@ def test_the_bundled_model_knows_something_and_not_everything(model) -> None:
 def test_a_short_build_runs_and_repeats_itself(tmp_path: Path) -> None:
     weights = []
     for name in ("one", "two"):
-        recipe = Recipe(steps=3, batch=4, drill_steps=1, draft_start=1, draft_share=1.0)
+        phases = (Phase(1, rare=1.0, drills=1.0, drafts=0.0), Phase(2, rare=0.1, drills=0.0, drafts=0.7, decay=0.5))
+        recipe = Recipe(phases=phases, batch=4)
         build(recipe, tmp_path / name / "model", problems=4, log_every=1)
         weights.append((tmp_path / name / "model" / "model.safetensors").read_bytes())
         assert "step    3" in (tmp_path / name / "build.log").read_text()
@@ -121,6 +122,6 @@ def test_a_short_build_runs_and_repeats_itself(tmp_path: Path) -> None:
 
 
 def test_the_command_line_builds(tmp_path: Path) -> None:
-    arguments = ["--output-dir", str(tmp_path / "model"), "--steps", "1", "--problems", "0", "--seed", "5"]
+    arguments = ["--output-dir", str(tmp_path / "model"), "--max-steps", "1", "--problems", "0", "--seed", "5"]
     assert main(arguments) == 0
     assert (tmp_path / "model" / "config.json").is_file()

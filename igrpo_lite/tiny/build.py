@@ -1,8 +1,9 @@
 """Makes the bundled model from nothing: ``python -m igrpo_lite.tiny.build --output-dir DIR``.
 
 A small Llama learns from worked solutions of the ``warmup`` split, in the very prompts that reinforcement learning
-uses afterwards (stage 1, and stage 2 with right and wrong drafts), and stops early, while it is still learning: what
-it lacks is arithmetic, not the form of a solution.
+uses afterwards (stage 1, and stage 2 with right and wrong drafts). Every demonstration is a full, right solution; but
+two kinds of problems are practised very little (see :data:`RARE`). So the built model writes full solutions and mostly
+calculates well, and what it lacks is the choice of the right operation in those two kinds.
 """
 
 from __future__ import annotations
@@ -14,7 +15,7 @@ import re
 import sys
 import time
 from collections.abc import Iterator
-from dataclasses import asdict, dataclass, field
+from dataclasses import dataclass, replace
 from pathlib import Path
 
 import torch
@@ -36,37 +37,58 @@ _APPLY = {"+": int.__add__, "-": int.__sub__, "*": int.__mul__}
 
 
 @dataclass(frozen=True)
+class Phase:
+    """A stretch of the warm-up.
+
+    Attributes:
+        rare: how often the kinds in :data:`RARE` are practised, where every other kind counts 1.
+        drills: share of batches that are lines of single calculations.
+        drafts: share of the other batches that are stage-2 prompts; from the start they would slow the learning.
+        rate: factor of the learning rates.
+        decay: last part of the steps, over which the learning rates fall to zero.
+    """
+
+    steps: int
+    rare: float
+    drills: float
+    drafts: float
+    rate: float = 1.0
+    decay: float = 0.0
+
+
+RARE = ("two-find", "boxes-more")
+"""Kinds whose last step adds. The warm-up hardly practises them, so the model takes away there out of habit: which
+operation a problem asks for is what reinforcement learning, practising all kinds alike, has to teach it."""
+
+PHASES: tuple[Phase, ...] = (
+    Phase(steps=275, rare=0.015, drills=0.7, drafts=0.0),
+    Phase(steps=175, rare=0.015, drills=0.2, drafts=0.5, decay=0.77),
+    Phase(steps=40, rare=0.05, drills=0.1, drafts=0.5, rate=0.25),
+    Phase(steps=20, rare=0.05, drills=0.1, drafts=0.5, rate=0.2, decay=1.0),
+)
+
+
+@dataclass(frozen=True)
 class Recipe:
     """All that decides what the built model is.
 
     Attributes:
-        weights: how often each problem kind is practised, relative to the others.
-        draft_start: step from which some batches are stage-2 prompts; drafts from the start slow the learning.
-        draft_share: share of stage-2 batches from then on.
+        drill_length: calculations in one line of a drill.
         multi_turn: share of the stage-2 batches whose draft is a turn of its own.
         right_drafts: share of stage-2 drafts that are right.
-        decay: last part of the steps over which both learning rates fall to zero.
     """
 
     seed: int = 0
-    steps: int = 350
+    phases: tuple[Phase, ...] = PHASES
     batch: int = 64
-    weights: dict[str, float] = field(default_factory=lambda: dict.fromkeys(TWO_STEP_KINDS, 1.0))
-    drill_steps: int = 200
-    drill_share: float = 0.5
-    drill_rest: float = 0.3
     drill_length: int = 8
-    draft_start: int = 250
-    draft_share: float = 0.4
     multi_turn: float = 0.25
     right_drafts: float = 0.5
     muon_lr: float = 0.02
     adamw_lr: float = 2e-3
     lr_warmup: int = 50
-    decay: float = 0.0
     hidden: int = 128
     layers: int = 4
-    bias: bool = False
     intermediate: int = 384
     context: int = 1024
 
@@ -83,7 +105,6 @@ def build_model(recipe: Recipe, tokenizer: PreTrainedTokenizerFast) -> LlamaForC
         num_key_value_heads=recipe.hidden // 64,
         max_position_embeddings=recipe.context,
         tie_word_embeddings=True,
-        attention_bias=recipe.bias,
         bos_token_id=None,
         eos_token_id=tokenizer.eos_token_id,
         pad_token_id=tokenizer.pad_token_id,
@@ -133,10 +154,10 @@ class Lessons:
         self.plain = PromptBuilder(tokenizer, system, STAGE2_TEMPLATES["plain"], "plain")
         self.turns = PromptBuilder(tokenizer, system, STAGE2_TEMPLATES["multi-turn"], "multi-turn")
 
-    def worked(self, even: bool = False) -> Worked:
-        """One problem of the warm-up split, its kind drawn evenly or by the recipe's weights."""
-        kinds, weights = zip(*self.recipe.weights.items(), strict=True)
-        kind = self.random.choices(kinds, None if even else weights)[0]
+    def worked(self, rare: float = 1.0) -> Worked:
+        """One problem of the warm-up split; ``rare`` is the weight of the rare kinds."""
+        kinds = tuple(TWO_STEP_KINDS)
+        kind = self.random.choices(kinds, [rare if kind in RARE else 1.0 for kind in kinds])[0]
         while True:
             worked = TWO_STEP_KINDS[kind](self.random)
             if worked is not None and split_of(worked) == "warmup":
@@ -146,7 +167,7 @@ class Lessons:
         """A line of single calculations, of which only the results are learned."""
         r, ids, learned = self.random, list(self.tokenizer.encode(START)), [False]
         for _ in range(self.recipe.drill_length):
-            left, operation, right, result = _STEP.fullmatch(r.choice(self.worked(even=True).steps)).groups()  # type: ignore[union-attr]
+            left, operation, right, result = _STEP.fullmatch(r.choice(self.worked().steps)).groups()  # type: ignore[union-attr]
             for text, learn in ((f"{left}{operation}{right}=", False), (result, True), ("; ", True)):
                 piece = self.tokenizer.encode(text, add_special_tokens=False)
                 ids += piece
@@ -154,18 +175,19 @@ class Lessons:
         return tuple(ids), tuple(learned)
 
     def answer(self, text: str) -> tuple[int, ...]:
+        """Ids of a whole answer, the end token included."""
         return (*self.tokenizer.encode(text, add_special_tokens=False), self.tokenizer.eos_token_id)
 
-    def batch(self, step: int) -> list[Row]:
-        """Rows of one step: all of stage 1, or all of stage 2 with one placement of the draft."""
+    def batch(self, phase: Phase) -> list[Row]:
+        """Rows of one step: all drills, all of stage 1, or all of stage 2 with one placement of the draft."""
         recipe, r = self.recipe, self.random
-        if r.random() < (recipe.drill_share if step < recipe.drill_steps else recipe.drill_rest):
+        if r.random() < phase.drills:
             return [self.drill() for _ in range(recipe.batch)]
-        second = step >= recipe.draft_start and r.random() < recipe.draft_share
+        second = r.random() < phase.drafts
         builder = self.turns if r.random() < recipe.multi_turn else self.plain
         rows = []
         for _ in range(recipe.batch):
-            worked = self.worked()
+            worked = self.worked(phase.rare)
             prompt = builder.first(worked.question)
             if second:
                 draft = worked.solution if r.random() < recipe.right_drafts else wrong_draft(worked, r)
@@ -207,29 +229,35 @@ def batch_loss(model: LlamaForCausalLM, rows: list[Row]) -> Tensor:
     return nn.functional.cross_entropy(model.lm_head(hidden[kept]).float(), labels[kept])
 
 
-def train(model: LlamaForCausalLM, lessons: Lessons) -> Iterator[tuple[int, float]]:
-    """Learns for the recipe's steps; yields each step's number (from 1) and loss once its update is done."""
-    recipe = lessons.recipe
-    matrices = [p for p in model.model.layers.parameters() if p.ndim == 2]
-    chosen = {id(p) for p in matrices}
-    others = [p for p in model.parameters() if id(p) not in chosen]
-    muon = torch.optim.Muon(matrices, lr=recipe.muon_lr, momentum=0.95, weight_decay=0.0)
-    adamw = torch.optim.AdamW(others, lr=recipe.adamw_lr, betas=(0.9, 0.98), weight_decay=0.0)
-    decay_steps = max(1.0, recipe.decay * recipe.steps)
-    model.train()
-    for step in range(recipe.steps):
-        factor = min(1.0, (step + 1) / recipe.lr_warmup)
-        if recipe.decay:
-            factor = min(factor, (recipe.steps - step) / decay_steps)
-        muon.param_groups[0]["lr"] = recipe.muon_lr * factor
-        adamw.param_groups[0]["lr"] = recipe.adamw_lr * factor
-        loss = batch_loss(model, lessons.batch(step))
-        loss.backward()
-        nn.utils.clip_grad_norm_(model.parameters(), 1.0)
-        for optimizer in (muon, adamw):
-            optimizer.step()
-            optimizer.zero_grad()
-        yield step + 1, loss.item()
+class Trainer:
+    """Model, lessons and optimizers of one build: Muon for the layers' matrices, AdamW for all else."""
+
+    def __init__(self, model: LlamaForCausalLM, lessons: Lessons) -> None:
+        recipe = lessons.recipe
+        self.model, self.lessons, self.recipe = model, lessons, recipe
+        matrices = [p for p in model.model.layers.parameters() if p.ndim == 2]
+        chosen = {id(p) for p in matrices}
+        others = [p for p in model.parameters() if id(p) not in chosen]
+        self.muon = torch.optim.Muon(matrices, lr=recipe.muon_lr, momentum=0.95, weight_decay=0.0)
+        self.adamw = torch.optim.AdamW(others, lr=recipe.adamw_lr, betas=(0.9, 0.98), weight_decay=0.0)
+        self.step = 0
+
+    def learn(self, phase: Phase) -> Iterator[float]:
+        """Goes through one phase and yields the loss of each step."""
+        self.model.train()
+        for step in range(phase.steps):
+            left = (phase.steps - step) / (phase.decay * phase.steps) if phase.decay else 1.0
+            factor = phase.rate * min(1.0, left, (self.step + 1) / self.recipe.lr_warmup)
+            self.muon.param_groups[0]["lr"] = self.recipe.muon_lr * factor
+            self.adamw.param_groups[0]["lr"] = self.recipe.adamw_lr * factor
+            loss = batch_loss(self.model, self.lessons.batch(phase))
+            loss.backward()
+            nn.utils.clip_grad_norm_(self.model.parameters(), 1.0)
+            for optimizer in (self.muon, self.adamw):
+                optimizer.step()
+                optimizer.zero_grad()
+            self.step += 1
+            yield loss.item()
 
 
 @torch.no_grad()
@@ -290,24 +318,29 @@ def build(recipe: Recipe, output_dir: Path, problems: int = 400, log_every: int 
             file.flush()
 
         log(f"python {platform.python_version()}, torch {torch.__version__}, transformers {transformers.__version__}")
-        log(f"recipe {asdict(recipe)}")
+        log(f"recipe {recipe}")
         tokenizer = build_tokenizer(recipe.context)
         model = build_model(recipe, tokenizer)
         log(f"{len(tokenizer)} tokens, {sum(p.numel() for p in model.parameters()):,} weights")
         lessons = Lessons(recipe, tokenizer)
-        losses: list[float] = []
-        for step, loss in train(model, lessons):
-            losses.append(loss)
-            if step % log_every == 0 or step == recipe.steps:
-                recent = losses[-log_every:]
-                log(f"step {step:4d}  loss {sum(recent) / len(recent):.4f}")
+        held_out = load("two-step", "validation", problems)
+        trainer = Trainer(model, lessons)
+        for number, phase in enumerate(recipe.phases, 1):
+            log(f"phase {number}: {phase}")
+            losses: list[float] = []
+            for loss in trainer.learn(phase):
+                losses.append(loss)
+                if len(losses) % log_every == 0 or len(losses) == phase.steps:
+                    recent = losses[-log_every:]
+                    log(f"step {trainer.step:4d}  loss {sum(recent) / len(recent):.4f}")
+            if problems:
+                log(f"% right of {problems} validation problems: {evaluate(model, lessons, held_out)}")
         model.to(torch.bfloat16)
         model.save_pretrained(output_dir)
         (output_dir / "model.safetensors").chmod(0o644)
         save_tokenizer(tokenizer, output_dir)
         if problems:
-            held_out = load("two-step", "validation", problems)
-            log(f"% right of {problems} validation problems: {evaluate(model.float(), lessons, held_out)}")
+            log(f"as saved, in bfloat16's precision: {evaluate(model.float(), lessons, held_out)}")
         size = sum(path.stat().st_size for path in output_dir.iterdir())
         log(f"{size:,} bytes in {output_dir.name}/")
 
@@ -317,10 +350,13 @@ def main(arguments: list[str] | None = None) -> int:
     parser = argparse.ArgumentParser(prog="python -m igrpo_lite.tiny.build", description=__doc__)
     parser.add_argument("--output-dir", type=Path, required=True, help="folder for the model; its log lands beside it")
     parser.add_argument("--seed", type=int, default=Recipe.seed)
-    parser.add_argument("--steps", type=int, default=Recipe.steps)
+    parser.add_argument("--max-steps", type=int, help="cut each phase to this many steps, to try the script out")
     parser.add_argument("--problems", type=int, default=400, help="validation problems of the final evaluation")
     args = parser.parse_args(arguments)
-    build(Recipe(seed=args.seed, steps=args.steps), args.output_dir, args.problems)
+    phases = PHASES
+    if args.max_steps is not None:
+        phases = tuple(replace(phase, steps=min(phase.steps, args.max_steps)) for phase in PHASES)
+    build(Recipe(seed=args.seed, phases=phases), args.output_dir, args.problems)
     return 0
 
 
