@@ -28,7 +28,7 @@ def shown(found: dict[str, float], unit: str = "", digits: int = 2) -> str:
 
 
 def provenance(script: str, arguments: Sequence[str], threads: int) -> dict[str, Any]:
-    """Command, versions and machine of a result."""
+    """Command, versions and machine of a result; ``load`` over the number of processors means a busy machine."""
     return {
         "command": command(script, arguments),
         "versions": versions(),
@@ -36,6 +36,7 @@ def provenance(script: str, arguments: Sequence[str], threads: int) -> dict[str,
             "cpu": cpu_model(),
             "cpus": os.cpu_count(),
             "threads": threads,
+            "load": round(os.getloadavg()[0], 1) if hasattr(os, "getloadavg") else None,
             "system": platform.system(),
             "architecture": platform.machine(),
         },

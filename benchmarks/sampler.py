@@ -50,15 +50,16 @@ class Workload:
 
     prompts: Sequence[Prompt]
     limits: Sequence[int]
-    stops: bool
+    stops: bool = True
+    temperature: float = 1.0
 
     @property
     def group(self) -> int:
         return len(self.limits) // len(self.prompts)
 
 
-Contender = Callable[[Workload, int], int]
-"""Samples a workload with a seed and returns the number of useful tokens."""
+Contender = Callable[[Workload, int], list[tuple[int, ...]]]
+"""Samples a workload with a seed and returns each rollout's useful tokens."""
 
 
 def main(arguments: Sequence[str] | None = None) -> dict[str, Any]:
@@ -71,17 +72,19 @@ def main(arguments: Sequence[str] | None = None) -> dict[str, Any]:
         prompts = problem_prompts(config, options.prompts)
         print(f"{model['parameters']:,} weights, {len(prompts)} prompts x {options.group}, {options.threads} thread(s)")
         workloads = {
-            "own lengths": Workload(prompts, [options.max_tokens] * (len(prompts) * options.group), True),
+            "own lengths": Workload(prompts, [options.max_tokens] * (len(prompts) * options.group)),
             "uneven lengths": Workload(prompts, heavy_tail(len(prompts) * options.group, options.longest), False),
         }
         result = provenance("sampler.py", arguments, options.threads) | {
             "model": model,
+            "same_greedy_outputs": same_greedy(contenders, prompts, options.max_tokens),
             "settings": {
                 name: getattr(options, name)
                 for name in ("prompts", "group", "max_tokens", "longest", "warmup", "repeats")
             },
             "workloads": {},
         }
+        print(f"greedy outputs equal to generate-merged: {result['same_greedy_outputs']}")
         for name, workload in workloads.items():
             found = measure(contenders, workload, options.warmup, options.repeats)
             result["workloads"][name] = found
@@ -98,8 +101,8 @@ def parse(arguments: Sequence[str]) -> argparse.Namespace:
     parser.add_argument("--longest", type=int, default=LONGEST, help="longest of the uneven lengths")
     parser.add_argument("--hidden", type=int, help="measure a random model of this width instead of the bundled one")
     parser.add_argument("--layers", type=int, default=8, help="layers of the random model")
-    parser.add_argument("--warmup", type=int, default=2, help="turns that do not count")
-    parser.add_argument("--repeats", type=int, default=9, help="turns that count")
+    parser.add_argument("--warmup", type=int, default=1, help="turns that do not count")
+    parser.add_argument("--repeats", type=int, default=7, help="turns that count")
     parser.add_argument("--threads", type=int, default=1)
     parser.add_argument("--json", type=Path, help="write the result here")
     return parser.parse_args(arguments)
@@ -168,29 +171,27 @@ def build(config: RunConfig, adapter: Path) -> tuple[dict[str, Contender], dict[
 
 
 def ours(replica: Replica, tokenizer: PreTrainedTokenizerBase, ends: Sequence[int]) -> Contender:
-    def sample(workload: Workload, seed: int) -> int:
+    def sample(workload: Workload, seed: int) -> list[tuple[int, ...]]:
         prompts = [prompt for prompt in workload.prompts for _ in range(workload.group)]
         requests = [
-            Request(prompt, request_seed(seed, index), limit)
+            Request(prompt, request_seed(seed, index), limit, workload.temperature)
             for index, (prompt, limit) in enumerate(zip(prompts, workload.limits, strict=True))
         ]
         sampler = TransformersSampler(replica, tokenizer, ends if workload.stops else [-1], len(requests))
-        return sum(len(completion.ids) for completion in sampler.run(requests))
+        return [completion.ids for completion in sampler.run(requests)]
 
     return sample
 
 
 def generate(model: Any, tokenizer: PreTrainedTokenizerBase, ends: Sequence[int]) -> Contender:
-    def sample(workload: Workload, seed: int) -> int:
+    def sample(workload: Workload, seed: int) -> list[tuple[int, ...]]:
         torch.manual_seed(seed)
         padded = tokenizer.pad(
             {"input_ids": [list(prompt.ids) for prompt in workload.prompts]}, padding_side="left", return_tensors="pt"
         )
+        pure = {"do_sample": True, "temperature": workload.temperature, "top_k": 0, "top_p": 1.0}
         settings = GenerationConfig(
-            do_sample=True,
-            temperature=1.0,
-            top_k=0,
-            top_p=1.0,
+            **(pure if workload.temperature else {"do_sample": False}),
             max_new_tokens=max(workload.limits),
             num_return_sequences=workload.group,
             eos_token_id=list(ends) if workload.stops else None,
@@ -199,14 +200,13 @@ def generate(model: Any, tokenizer: PreTrainedTokenizerBase, ends: Sequence[int]
         model.generation_config = settings  # generate() would fill gaps in ours from the model's own, end tokens too
         with torch.no_grad():
             sampled = model.generate(**padded, generation_config=settings)[:, padded["input_ids"].shape[1] :]
-        texts = []
-        useful = 0
+        useful = []
         for row, limit in zip(sampled.tolist(), workload.limits, strict=True):
             length = min(len(row), limit)
             if workload.stops:
                 length = next((at + 1 for at, token in enumerate(row[:length]) if token in ends), length)
-            useful += length
-            texts.append(tokenizer.decode(row[:length], skip_special_tokens=True))  # ours returns texts too
+            useful.append(tuple(row[:length]))
+            tokenizer.decode(row[:length], skip_special_tokens=True)  # ours gives texts too
         return useful
 
     return sample
@@ -224,6 +224,17 @@ def heavy_tail(count: int, longest: int) -> list[int]:
     return [min(max(length, SHORTEST), longest) for length in lengths]
 
 
+def same_greedy(contenders: dict[str, Contender], prompts: Sequence[Prompt], limit: int) -> dict[str, str]:
+    """How many greedy outputs equal those of ``generate-merged``: the weights are the same, rounding may differ."""
+    workload = Workload(prompts, [limit] * len(prompts), temperature=0.0)
+    outputs = {name: sample(workload, 0) for name, sample in contenders.items()}
+    wanted = outputs.pop("generate-merged")
+    return {
+        name: f"{sum(a == b for a, b in zip(found, wanted, strict=True))} of {len(prompts)}"
+        for name, found in outputs.items()
+    }
+
+
 def measure(contenders: dict[str, Contender], workload: Workload, warmup: int, repeats: int) -> dict[str, Any]:
     """Let all contenders take turns; the order rotates."""
     names = list(contenders)
@@ -234,7 +245,7 @@ def measure(contenders: dict[str, Contender], workload: Workload, warmup: int, r
             name = names[(turn + position) % len(names)]
             gc.collect()
             wall, cpu = time.perf_counter(), time.process_time()
-            useful = contenders[name](workload, turn + warmup)
+            useful = sum(map(len, contenders[name](workload, turn + warmup)))
             took = {"wall": time.perf_counter() - wall, "cpu": time.process_time() - cpu}
             if turn >= 0:
                 tokens[name].append(useful)

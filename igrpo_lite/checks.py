@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import json
 import re
+from collections.abc import Sequence
+from importlib.util import find_spec
 from pathlib import Path
 from typing import Any
 
@@ -12,16 +14,27 @@ from igrpo_lite.fields import nearest
 from igrpo_lite.prompts import read_text_or_file, template_findings
 
 _TOKENIZERS = ("tokenizer.json", "tokenizer.model", "vocab.json", "vocab.txt", "spiece.model", "tekken.json")
+_TRACKERS = {"tensorboard": ("tensorboard", "tensorboardX")}
 _WEIGHTS = ("*.safetensors", "*.bin", "*.bin.index.json")
 
 
 def findings(config: RunConfig) -> list[str]:
-    """Everything wrong with the model, data, prompts and rewards that a configuration names."""
+    """Everything wrong with the model, data, prompts, rewards and trackers that a configuration names."""
     from igrpo_lite.problems.loading import data_findings
     from igrpo_lite.rewards.scorer import reward_findings
 
     prompts = prompt_findings(config, two_stages=config.algorithm != "grpo")
-    return model_findings(config) + data_findings(config) + prompts + reward_findings(config)
+    rest = reward_findings(config) + tracker_findings(config.report_to)
+    return model_findings(config) + data_findings(config) + prompts + rest
+
+
+def tracker_findings(report_to: Sequence[str]) -> list[str]:
+    """What is missing for these trackers, one sentence each; imports none of them."""
+    return [
+        f"report_to: {name} needs a package that is not installed: pip install {name}"
+        for name in report_to
+        if not any(find_spec(package) for package in _TRACKERS.get(name, (name,)))
+    ]
 
 
 def prompt_findings(options: PromptOptions, two_stages: bool = True) -> list[str]:
@@ -31,8 +44,14 @@ def prompt_findings(options: PromptOptions, two_stages: bool = True) -> list[str
         value = getattr(options, name)
         if value and re.fullmatch(r"\S+\.(txt|md|prompt|j2|jinja2?)", value) and not Path(value).is_file():
             found.append(f"{name}: no such file: {value}")
-    if two_stages and options.stage2_template is not None and not found:
-        found += template_findings(read_text_or_file(options.stage2_template), options.draft_placement)
+        elif value is not None:
+            try:
+                text = read_text_or_file(value)
+            except (OSError, UnicodeDecodeError) as error:
+                found.append(f"{name}: {value} cannot be read as UTF-8 text: {error}")
+            else:
+                stage2 = name == "stage2_template" and two_stages
+                found += template_findings(text, options.draft_placement) if stage2 else []
     return found
 
 

@@ -167,5 +167,6 @@ class PromptBuilder:
 
     def _encode(self, text: str) -> Prompt:
         # A chat template writes its own special tokens; only our plain one relies on the tokenizer's.
-        ids = self.tokenizer.encode(text, add_special_tokens=self.plain_template)
+        # verbose: transformers warns of what is too long for the model; here that is filtered and counted.
+        ids = self.tokenizer.encode(text, add_special_tokens=self.plain_template, verbose=False)
         return Prompt(text, tuple(ids))

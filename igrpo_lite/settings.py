@@ -125,7 +125,7 @@ def _split_unknown(given: Mapping[str, Any]) -> tuple[dict[str, Any], list[str]]
 def _plain(name: str, value: Any) -> Any:
     """A value as Python has it: flags and YAML also write lists with commas, and nothing as ``none``."""
     bare, _, optional = parts(hint(FIELDS[name]))
-    if value == "none" and bare is not str and (optional or name == "report_to"):
+    if value in ("none", ["none"]) and bare is not str and (optional or name == "report_to"):
         return None if optional else []
     if is_list(FIELDS[name]) and isinstance(value, (str, list, tuple)):
         items = [value] if isinstance(value, str) else value
@@ -158,7 +158,8 @@ def _complaint(name: str, value: Any) -> str:
 def _shown(value: Any) -> str:
     if value is None:
         return "nothing"
-    return str(value).lower() if isinstance(value, bool) else repr(value)
+    text = str(value).lower() if isinstance(value, bool) else repr(value)
+    return text if len(text) <= 80 else f"{text[:77]}..."
 
 
 def _rollouts(config: RunConfig, given: set[str], bad: set[str]) -> tuple[dict[str, int], list[str]]:

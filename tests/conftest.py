@@ -3,12 +3,18 @@
 from __future__ import annotations
 
 import os
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
 
 os.environ.setdefault("HF_HUB_OFFLINE", "1")
 os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
 
 import pytest
 import torch
+from bad_parts import SMALL
+
+from igrpo_lite.cli import main
 
 torch.set_num_threads(1)
 
@@ -16,3 +22,34 @@ torch.set_num_threads(1)
 @pytest.fixture(autouse=True)
 def _seeded() -> None:
     torch.manual_seed(0)
+
+
+@pytest.fixture
+def say(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> Callable[..., tuple[int, list[str], str]]:
+    """Types ``igrpo-lite train`` with small settings in an empty folder: exit code, lines of stderr, stdout."""
+    monkeypatch.chdir(tmp_path)
+
+    def typed(**settings: Any) -> tuple[int, list[str], str]:
+        merged = SMALL | {"output_dir": "run", "progress": "plain"} | settings
+        flags = [f"--{name.replace('_', '-')}={value}" for name, value in merged.items() if value is not None]
+        code = main(["train", *flags])
+        captured = capsys.readouterr()
+        return code, captured.err.splitlines(), captured.out
+
+    return typed
+
+
+@pytest.fixture
+def refused(say: Callable[..., tuple[int, list[str], str]]) -> Callable[..., str]:
+    """The same for a mistake: what stderr says, after a look at its form."""
+
+    def mistaken(**settings: Any) -> str:
+        code, lines, _ = say(**settings)
+        assert code == 2
+        assert lines
+        assert all(line.startswith("error: ") and len(line) < 600 for line in lines), lines
+        return "\n".join(lines)
+
+    return mistaken

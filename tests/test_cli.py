@@ -11,7 +11,6 @@ import yaml
 
 from igrpo_lite import __version__
 from igrpo_lite.cli import app, main
-from igrpo_lite.errors import StoppedRun
 from igrpo_lite.settings import load_file, resolve
 
 ROOT = Path(__file__).resolve().parents[1]
@@ -112,13 +111,18 @@ def test_mistakes_on_the_command_line(
         assert text in line
 
 
-@pytest.mark.parametrize(("error", "code"), [(StoppedRun("enough"), 3), (KeyboardInterrupt(), 130)])
-def test_exit_codes(error: BaseException, code: int, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_an_interrupt_before_the_run_has_its_exit_code(monkeypatch: pytest.MonkeyPatch) -> None:
     def stop() -> None:
-        raise error
+        raise KeyboardInterrupt
 
     monkeypatch.setattr("igrpo_lite.cli.recipes.ls", stop)
-    assert app.run(["recipes", "ls"]) == code
+    assert app.run(["recipes", "ls"]) == 130
+
+
+@pytest.mark.parametrize(("stopped_by", "code"), [("diagnosis", 3), ("SIGTERM", 143), ("time", 0), (None, 0)])
+def test_exit_codes_of_a_run(stopped_by: str | None, code: int, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("igrpo_lite.training.train", lambda config: {"stopped_by": stopped_by})
+    assert app.run(["train", "--report-to", "none"]) == code
 
 
 def test_bugs_keep_their_traceback(monkeypatch: pytest.MonkeyPatch) -> None:

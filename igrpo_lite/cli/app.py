@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import errno
 import io
 import select
 import sys
@@ -55,11 +56,18 @@ def run(tokens: Sequence[str] | None = None) -> int:
         _report(error.problems)
         return MISTAKE
     except KeyboardInterrupt:
+        print("interrupted; the same command goes on from the last checkpoint, if there is one", file=sys.stderr)
         return INTERRUPTED
     except BrokenPipeError:
         if not _reader_left():
             raise
         return 0
+    except OSError as error:
+        if error.errno not in (errno.ENOSPC, errno.EDQUOT):
+            raise
+        _report([f"{error.filename or 'output'}: {error.strerror}; make room and run the same command again"])
+        _drop_output()
+        return MISTAKE
 
 
 def _dashed(word: str) -> str:
@@ -76,8 +84,12 @@ def _reader_left() -> bool:
     output.register(1)
     if not any(event & select.POLLERR for _, event in output.poll(0)):
         return False
-    sys.stdout = io.StringIO()  # or Python complains when it flushes at exit
+    _drop_output()
     return True
+
+
+def _drop_output() -> None:
+    sys.stdout = io.StringIO()  # or Python complains when it flushes at exit
 
 
 def _report(problems: Sequence[str]) -> None:

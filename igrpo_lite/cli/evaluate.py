@@ -9,8 +9,8 @@ from typing import TYPE_CHECKING, Annotated, Any
 
 from cyclopts import Parameter
 
-from igrpo_lite.cli.flags import COMMAND, Recipe, checked, settings_flags
-from igrpo_lite.config import DataOptions, ModelOptions, PromptOptions, RewardOptions
+from igrpo_lite.cli.flags import COMMAND, UNTRAINED, Recipe, checked, settings_flags
+from igrpo_lite.config import DataOptions, ModelOptions, PromptOptions
 from igrpo_lite.errors import UserError
 from igrpo_lite.fields import FIELDS
 
@@ -27,7 +27,7 @@ _ROLLOUT = ("temperature", "draft_temperature", "max_completion_length", "max_nu
 
 def verb() -> Callable[..., int | None]:
     """The verb with the flags that matter to an evaluation."""
-    sections = (ModelOptions, DataOptions, PromptOptions, RewardOptions)
+    sections = (ModelOptions, DataOptions, PromptOptions)
     wanted = {name for section in sections for name in section.model_fields} | set(_ROLLOUT)
     wanted -= {"model", "lora_r", "lora_alpha", "lora_target_modules", "max_problems"}
     return settings_flags(evaluate, [name for name in FIELDS if name in wanted])
@@ -49,7 +49,9 @@ def evaluate(
         config = config or str(run_folder / RUN_CONFIG)
     else:
         settings["model"] = run_or_model
-    resolved = checked(config, settings)
+    resolved = checked(config, settings | UNTRAINED)
+    if output is not None and not output.absolute().parent.is_dir():
+        raise UserError(f"--output {output}: there is no folder {output.parent}")  # better now than after the work
     from igrpo_lite.evaluation.compare import compare
 
     if adapter is None and run_folder is not None:
@@ -93,4 +95,4 @@ def _write(path: Path, results: dict[str, Any]) -> None:
     try:
         path.write_text(json.dumps(results, indent=2) + "\n", encoding="utf-8")
     except OSError as error:
-        raise UserError(f"--output {path}: {error}") from error
+        raise UserError(f"--output {path}: {error.strerror or error}") from error

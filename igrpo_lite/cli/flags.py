@@ -23,6 +23,9 @@ FIRST = ("model", "data", "algorithm", "tokens")
 _MAIN = Group("Main settings", sort_key=0)
 COMMAND = Group("This command", sort_key=1)
 
+UNTRAINED: dict[str, Any] = {"reward_funcs": ["accuracy"], "reward_weights": None, "report_to": []}
+"""What verbs that do not train put over a recipe: its rewards and trackers need not be there for them."""
+
 Recipe = Annotated[str | None, Parameter(help="YAML file, or the name of a recipe of ours; flags win.", group=COMMAND)]
 """Type of every verb's ``--config``."""
 
@@ -58,10 +61,10 @@ def examined(recipe: str | None, flags: Mapping[str, Any]) -> tuple[RunConfig, l
     return config, unread + findings
 
 
-def checked(recipe: str | None, flags: Mapping[str, Any]) -> RunConfig:
-    """The configuration of a recipe and flags, with the files that it names; raises one error with all findings."""
+def checked(recipe: str | None, flags: Mapping[str, Any], files: bool = True) -> RunConfig:
+    """The configuration of a recipe and flags, and if ``files`` what it names; raises one error with all findings."""
     config, findings = examined(recipe, flags)
-    findings += preflight(config)
+    findings += preflight(config) if files else []
     if findings:
         raise ConfigError(findings)
     return config

@@ -7,7 +7,7 @@ from typing import Annotated, Any
 
 from cyclopts import Parameter
 
-from igrpo_lite.cli.flags import COMMAND, Recipe, checked, settings_flags
+from igrpo_lite.cli.flags import COMMAND, UNTRAINED, Recipe, checked, settings_flags
 from igrpo_lite.config import DataOptions, PromptOptions
 from igrpo_lite.errors import DataError
 from igrpo_lite.fields import FIELDS
@@ -30,7 +30,7 @@ def show_prompt(
     **settings: Any,
 ) -> None:
     """Print the prompts of both stages for one problem, as the tokenizer renders them, with their length in tokens."""
-    resolved = checked(config, settings)
+    resolved = checked(config, settings | UNTRAINED)
     from igrpo_lite.policy.prompting import prompt_builder
     from igrpo_lite.problems.loading import load_problems
     from igrpo_lite.rewards.answers import gold_answer

@@ -33,7 +33,7 @@ def train(
 ) -> int:
     """Train a model. Settings come from flags, then the recipe, then the model's defaults. Running the same command
     again continues the run."""
-    resolved = checked(config, settings)
+    resolved = checked(config, settings, files=not dump_config)  # it may be meant for another machine
     if dump_config:
         print(dump(resolved))
         return 0

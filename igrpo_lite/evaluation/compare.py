@@ -7,6 +7,7 @@ from pathlib import Path
 from typing import Any
 
 from igrpo_lite.config import RunConfig
+from igrpo_lite.errors import DataError
 from igrpo_lite.evaluation.evaluate import Evaluation, evaluate
 from igrpo_lite.evaluation.intervals import PairedChange, paired_change
 from igrpo_lite.policy.loading import load_policy
@@ -49,7 +50,12 @@ def compare(config: RunConfig, adapter: Path | None) -> Comparison:
     """
     problems = load_problems(config, config.seed, gold_answer).held_out
     prompts = prompt_builder(config)
-    problems, _ = fitting(problems, prompts, config.max_prompt_length)
+    problems, dropped = fitting(problems, prompts, config.max_prompt_length)
+    if not problems:
+        raise DataError(
+            f"all {dropped} held-out prompts are longer than max_prompt_length = {config.max_prompt_length} tokens; "
+            "raise --max-prompt-length"
+        )
     check_context(config, prompts, problems)
     policy = load_policy(config, config.seed, adapter)
     sampler = TransformersSampler(Replica(policy.model), prompts.tokenizer, policy.stop_ids, config.max_num_seqs)

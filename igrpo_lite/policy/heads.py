@@ -37,6 +37,16 @@ def split_heads(model: PreTrainedModel) -> tuple[nn.Module, Head]:
 
 
 @torch.no_grad()
+def is_causal(model: PreTrainedModel) -> bool:
+    """Whether no position sees a later one: models like BERT load as language models and are none that can sample."""
+    ids = torch.arange(3, 11, device=next(model.parameters()).device)[None] % model.config.get_text_config().vocab_size
+    other = ids.clone()
+    other[0, -1] = ids[0, 0]
+    first, second = (model(input_ids=row, use_cache=False).logits[:, :-1].float() for row in (ids, other))
+    return bool(torch.allclose(first, second, rtol=0.02, atol=0.02 * float(first.abs().max())))
+
+
+@torch.no_grad()
 def check_split(model: PreTrainedModel) -> bool:
     """Whether backbone and head together give the model's own logits on a short probe."""
     backbone, head = split_heads(model)

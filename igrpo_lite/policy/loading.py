@@ -2,24 +2,33 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 import torch
 from peft import LoraConfig, PeftModel, get_peft_model
+from safetensors import SafetensorError
 from torch import nn
-from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer, PreTrainedTokenizerBase
+from transformers import (
+    MODEL_FOR_CAUSAL_LM_MAPPING,
+    AutoConfig,
+    AutoModelForCausalLM,
+    AutoTokenizer,
+    PreTrainedTokenizerBase,
+)
 from transformers.utils import logging as transformers_logging
 
 from igrpo_lite.config import ModelOptions
 from igrpo_lite.errors import ModelError
 from igrpo_lite.policy.attention import register
-from igrpo_lite.policy.heads import check_split
+from igrpo_lite.policy.heads import check_split, is_causal
 from igrpo_lite.tiny import MODEL_DIR
 
 _SMALL_MODEL = 50_000_000
+_NO_FOLDER = "no folder of that name here, and as a hub id it could not be loaded"
 
 
 @dataclass(slots=True)
@@ -57,6 +66,8 @@ def load_policy(options: ModelOptions, seed: int, adapter: Path | None = None) -
     path = model_path(options.model)
     tokenizer = load_tokenizer(options)
     model = _load_model(path, options, pick_dtype(options.dtype, device)).to(device)
+    if not is_causal(model):
+        raise ModelError(f"model {options.model!r} is not a causal language model ({type(model).__name__} looks ahead)")
     if not check_split(model):
         raise ModelError(
             f"model {options.model!r}: {type(model).__name__} does something between its last hidden state and its "
@@ -90,7 +101,7 @@ def _saved_adapter(model: Any, folder: Path) -> PeftModel:
         raise ModelError(f"{folder} holds no adapter (no adapter_config.json)")
     try:
         return PeftModel.from_pretrained(model, folder)
-    except (OSError, RuntimeError, ValueError, KeyError) as error:
+    except (OSError, RuntimeError, ValueError, KeyError, TypeError, SafetensorError) as error:
         raise ModelError(f"adapter {folder} does not fit the model: {_first_line(error)}") from error
 
 
@@ -100,7 +111,8 @@ def load_tokenizer(options: ModelOptions) -> PreTrainedTokenizerBase:
     try:
         tokenizer = AutoTokenizer.from_pretrained(path, revision=options.revision)
     except Exception as error:
-        raise ModelError(f"model {options.model!r}: no usable tokenizer: {_first_line(error)}") from error
+        reason = "no usable tokenizer" if Path(path).is_dir() else _NO_FOLDER
+        raise ModelError(f"model {options.model!r}: {reason}: {_first_line(error)}") from error
     if tokenizer.eos_token_id is None:
         raise ModelError(
             f"model {options.model!r}: its tokenizer has no end-of-sequence token, so nothing would ever end"
@@ -153,13 +165,21 @@ def read_context_length(options: ModelOptions) -> int:
 def _load_model(path: str, options: ModelOptions, dtype: torch.dtype) -> Any:
     config = _read_config(options)
     _refuse_unsupported(config, options.model)
-    transformers_logging.disable_progress_bar()  # it would write across our own screen
     try:
-        return AutoModelForCausalLM.from_pretrained(
-            path, revision=options.revision, config=config, dtype=dtype, attn_implementation=register()
-        )
+        with _quiet():
+            model, report = AutoModelForCausalLM.from_pretrained(
+                path,
+                revision=options.revision,
+                config=config,
+                dtype=dtype,
+                attn_implementation=register(),
+                output_loading_info=True,
+                ignore_mismatched_sizes=True,  # so that they are in the report; see below
+            )
     except Exception as error:
         raise ModelError(f"model {options.model!r} could not be loaded: {_first_line(error)}") from error
+    _refuse_incomplete(report, options.model)
+    return model
 
 
 def _read_config(options: ModelOptions) -> Any:
@@ -167,11 +187,38 @@ def _read_config(options: ModelOptions) -> Any:
     try:
         return AutoConfig.from_pretrained(path, revision=options.revision)
     except Exception as error:
-        where = "" if Path(path).is_dir() else " (not a folder here; as a hub id it could not be loaded)"
-        raise ModelError(f"model {options.model!r}{where}: {_first_line(error)}") from error
+        where = "" if Path(path).is_dir() else f"{_NO_FOLDER}: "
+        raise ModelError(f"model {options.model!r}: {where}{_first_line(error)}") from error
+
+
+@contextmanager
+def _quiet() -> Iterator[None]:
+    """Keep transformers from writing across our own screen; what is wrong is raised, in our words."""
+    verbosity = transformers_logging.get_verbosity()
+    transformers_logging.disable_progress_bar()
+    transformers_logging.set_verbosity_error()
+    try:
+        yield
+    finally:
+        transformers_logging.set_verbosity(verbosity)
+
+
+def _refuse_incomplete(report: Mapping[str, Any], name: str) -> None:
+    """transformers only warns of weights that it had to draw at random: a run would train on noise."""
+    missing = sorted(report["missing_keys"])
+    other = sorted(str(entry[0]) for entry in report["mismatched_keys"])
+    for keys, what in ((missing, "lacks"), (other, "does not have the shapes that config.json says for")):
+        if keys:
+            more = f" and {len(keys) - 1} more" if len(keys) > 1 else ""
+            raise ModelError(
+                f"model {name!r}: its weights file {what} {keys[0]}{more}; get the whole model again (an interrupted "
+                "download, or a config.json of another model?)"
+            )
 
 
 def _refuse_unsupported(config: Any, name: str) -> None:
+    if type(config) not in MODEL_FOR_CAUSAL_LM_MAPPING or getattr(config, "is_encoder_decoder", False):
+        raise ModelError(f"model {name!r} is not a causal language model (its config.json says {config.model_type})")
     kinds = set(getattr(config.get_text_config(), "layer_types", None) or ()) - {"full_attention", "sliding_attention"}
     if kinds:
         raise ModelError(

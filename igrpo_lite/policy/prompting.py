@@ -57,8 +57,11 @@ def check_context(config: RunConfig, prompts: PromptBuilder, problems: Sequence[
     draft = min(config.max_completion_length, config.max_draft_length or config.max_completion_length)
     needed = prompt + draft + config.max_completion_length
     if needed > context:
+        room = context - prompt
+        fits = max(room // 2, room - (config.max_draft_length or room))
+        advice = f"set --max-completion-length {fits}, or " if fits > 0 else ""
         raise ConfigError(
             f"the model's context is {context} tokens, but prompt {prompt} + draft {draft} + completion "
-            f"{config.max_completion_length} may need {needed}; lower --max-completion-length, --max-draft-length or "
-            "--max-prompt-length"
+            f"{config.max_completion_length} may need {needed}; {advice}lower --max-draft-length or "
+            "--max-prompt-length (longer problems are left out)"
         )

@@ -93,6 +93,8 @@ def question_of(values: Mapping[str, Any], columns: Columns) -> str:
     question = columns.separator.join(part for part in parts if part)
     if not question:
         raise ValueError(f"no question in column {columns.question_text}")
+    if _broken(question) or _broken(answer_text(values.get(columns.answer)) or ""):
+        raise ValueError("half of a surrogate pair (like \\ud83d) in its text, which is no character")
     return question
 
 
@@ -120,6 +122,14 @@ def jsonable(value: Any) -> Any:
     if isinstance(value, list | tuple):
         return [jsonable(item) for item in value]
     return str(value)
+
+
+def _broken(text: str) -> bool:
+    try:
+        text.encode("utf-8")
+    except UnicodeEncodeError:
+        return True
+    return False
 
 
 def _empty(value: Any) -> bool:

@@ -46,7 +46,9 @@ def summary_view(summary: Mapping[str, Any]) -> RenderableType:
         parts += [Text(f"  {note}") for note in _notes(before or {}, after or {}) + _best_note(summary)]
     if times := summary.get("time"):
         phases = ", ".join(f"{clean(name)} {duration(seconds)}" for name, seconds in times.items())
-        parts += [Text(), Text(f"  Time      {phases}")]
+        grid = Table.grid()
+        grid.add_row(Text("  Time      "), Text(phases))
+        parts += [Text(), grid]
     for label, key in (("Adapter ", "adapter"), ("Best    ", "best_adapter")):
         if folder := summary.get(key):
             parts.append(_unbroken(f"  {label}  {clean(str(folder))}"))
@@ -103,6 +105,8 @@ def _best_note(summary: Mapping[str, Any]) -> list[str]:
     best, after = summary.get("best"), summary.get("after") or {}
     if not best or best.get("step") == after.get("step"):
         return []
+    if best.get("step") == 0 and after:
+        return ["No later evaluation was better than the one before training."]
     among = f" of {summary['evaluations']} evaluations" if summary.get("evaluations") else ""
     return [
         f"Best{among}: {accuracy(best.get('single'))} at step {best.get('step', '-')};",

@@ -7,23 +7,13 @@ import netrc
 import os
 import uuid
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from importlib.util import find_spec
 from pathlib import Path
 from typing import Any
 
+from igrpo_lite.checks import tracker_findings
 from igrpo_lite.errors import ConfigError
 
 _PROJECT = "igrpo-lite"
-_PACKAGES = {"wandb": ("wandb",), "trackio": ("trackio",), "tensorboard": ("tensorboard", "tensorboardX")}
-
-
-def tracker_findings(report_to: Sequence[str]) -> list[str]:
-    """What is missing for these trackers, one sentence each; imports nothing heavy."""
-    return [
-        f"--report-to {name} needs a package that is not installed: pip install {name}"
-        for name in report_to
-        if not any(find_spec(package) for package in _PACKAGES.get(name, (name,)))
-    ]
 
 
 def flat(values: Mapping[str, Any], prefix: str = "") -> dict[str, float]:

@@ -109,7 +109,7 @@ def gold_answer(text: str) -> str | None:
     found = None if answer else _box(text) or _tag(text)
     if found is not None:
         answer = found.text
-    elif not answer and 0 < len(text) <= 80 and "\n" not in text and not _HASHES.search(text):
+    elif not answer and 0 < len(text) <= 80 and "\n" not in text and not _HASHES.search(text) and not boxes(text):
         answer = text
     elif not answer and (phrase := _phrase(text)) is not None:
         answer = phrase.text

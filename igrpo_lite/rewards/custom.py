@@ -18,6 +18,7 @@ import importlib.util
 import inspect
 import math
 import os
+import re
 import sys
 import traceback
 from collections.abc import Callable, Iterable, Mapping, Sequence
@@ -28,6 +29,9 @@ from types import ModuleType
 from typing import Any
 
 from igrpo_lite.errors import RewardError
+
+_FRAME = re.compile(r'[ ]+File "(.+?)", line (\d+)')
+_FOREIGN = re.compile(r"site-packages|[\\/]lib[\\/]python3|igrpo_lite[\\/]rewards[\\/]")
 
 _SINGULAR = {"completions": "completion", "prompts": "prompt"}
 
@@ -145,7 +149,7 @@ def load_function(spec: str) -> UserFunction:
         if isinstance(error, KeyboardInterrupt):
             raise
         raise RewardError(
-            f"reward {spec} cannot be imported; mend the file:\n{last_lines(traceback.format_exc())}"
+            f"reward {spec} cannot be imported: {in_short(traceback.format_exc())}; mend the file"
         ) from error
     call = getattr(module, name, None)
     if not callable(call):
@@ -277,6 +281,21 @@ def _shown(value: Any) -> str:
     except Exception:
         text = "a value"
     return f"{text if len(text) <= 60 else text[:57] + '...'} ({type(value).__name__})"
+
+
+def in_short(failure: str) -> str:
+    """A failure in one line: of a traceback the exception with the user's line that led to it, of a call that hung the
+    line where it did."""
+    _, traced, block = failure.rpartition("Traceback (most recent call last):")
+    lines = block.splitlines()
+    if not traced:
+        where = [line.strip() for line in lines[1:] if _FRAME.match(line)]
+        return " ".join([*lines[:1], *where[:1]])
+    said = " ".join(line for line in lines if line and not line.startswith(" "))
+    frames = [place for place in _FRAME.findall(block) if not place[0].startswith("<")]
+    own = [place for place in frames if not _FOREIGN.search(place[0])] or frames
+    where = [f"({own[-1][0]}, line {own[-1][1]})"] if own else []
+    return " ".join([said if len(said) <= 300 else f"{said[:297]}...", *where])
 
 
 def last_lines(text: str, count: int = 6) -> str:

@@ -16,7 +16,7 @@ from igrpo_lite.errors import RewardError
 from igrpo_lite.prompts import AnswerStyle
 from igrpo_lite.rewards.answers import Verdict, verdict
 from igrpo_lite.rewards.builtin import BUILTIN, DEFAULT_WEIGHTS, accuracy, format_reward, opens_thinking
-from igrpo_lite.rewards.custom import find_function_error, last_lines, split_spec
+from igrpo_lite.rewards.custom import find_function_error, in_short, split_spec
 from igrpo_lite.rewards.worker import Outcome, Worker
 from igrpo_lite.types import Completion, Problem, Prompt, Score
 
@@ -203,12 +203,12 @@ class Scorer:
         calls.raised += not outcome.timed_out
         calls.first = calls.first or outcome.error
         if strict:
-            raise RewardError(f"reward {spec} failed on the first row; mend it:\n{_told(outcome.error)}")
+            raise RewardError(f"reward {spec} failed on the first row: {_told(outcome.error)}; mend it")
         if calls.made >= MIN_CALLS and calls.failed > MAX_FAILED_SHARE * calls.made:
+            slow = f" ({calls.timed_out} of them took longer than {self._timeout:g} s)" if calls.timed_out else ""
             raise RewardError(
-                f"reward {spec} failed in {calls.failed} of {calls.made} calls ({calls.timed_out} of them took longer "
-                f"than {self._timeout:g} s); mend it, or return None where it has no opinion. The first failure:\n"
-                f"{_told(calls.first)}"
+                f"reward {spec} failed in {calls.failed} of {calls.made} calls{slow}; mend it, or return None where it "
+                f"has no opinion. The first failure: {_told(calls.first)}"
             )
 
 
@@ -236,5 +236,5 @@ def _right_text(answer: str, style: AnswerStyle) -> str:
 def _told(error: str) -> str:
     hint = ""
     if "string indices must be integers" in error:
-        hint = "\n(completions are plain strings here, not messages: completion instead of completion[0]['content'])"
-    return last_lines(error) + hint
+        hint = " (completions are plain strings here, not messages: completion instead of completion[0]['content'])"
+    return in_short(error) + hint

@@ -19,12 +19,15 @@ from typing import Any
 import numpy as np
 import torch
 from peft import get_peft_model_state_dict, set_peft_model_state_dict
+from safetensors import SafetensorError
 from safetensors.torch import load_file, save_file
 
 from igrpo_lite.errors import RunFolderError
 from igrpo_lite.policy.loading import Policy
 
 _MANIFEST = "manifest.json"
+_DISK = (OSError, RuntimeError, SafetensorError)
+"""What a full disk raises: safetensors and torch.save wrap the error of the operating system each in their own."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -71,7 +74,7 @@ class Checkpoints:
                 shutil.rmtree(final)
             temporary.rename(final)
             _flush(self.folder)
-        except (OSError, RuntimeError) as error:  # torch.save reports a full disk as RuntimeError
+        except _DISK as error:
             shutil.rmtree(temporary, ignore_errors=True)
             kept = self.steps()
             last = f"the checkpoint of step {kept[-1]} is untouched" if kept else "there is no earlier checkpoint"
@@ -126,9 +129,11 @@ def save_adapter(policy: Policy, folder: Path) -> None:
             folder.rename(old)
         temporary.rename(folder)
         shutil.rmtree(old, ignore_errors=True)
-    except OSError as error:
+    except _DISK as error:
         shutil.rmtree(temporary, ignore_errors=True)
-        raise RunFolderError(f"adapter could not be written to {folder}: {error}; make room and run again") from error
+        raise RunFolderError(
+            f"adapter could not be written to {folder}: {error}; make room and run the same command again"
+        ) from error
 
 
 def _damage(path: Path) -> str | None:

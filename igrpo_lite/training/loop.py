@@ -10,10 +10,11 @@ from typing import Any
 
 from igrpo_lite.algorithms.rollout import Rollout, RolloutCollector
 from igrpo_lite.config import RunConfig
-from igrpo_lite.errors import RunFolderError, UserError
+from igrpo_lite.errors import RewardError, RunFolderError
 from igrpo_lite.evaluation.evaluate import evaluate
 from igrpo_lite.report.screen import EvaluationName, Screen
 from igrpo_lite.report.trackers import Trackers
+from igrpo_lite.rewards.custom import in_short
 from igrpo_lite.rewards.scorer import Calls
 from igrpo_lite.training.checkpoint import Checkpoints, restore, save_adapter
 from igrpo_lite.training.health import Health
@@ -48,6 +49,7 @@ class Trainer:
         self.metrics: Records
         self.samples: Records
         self._fatal: str | None = None
+        self._failing: set[str] = set()
         self._started = self._saved = time.monotonic()
 
     def run(self, interrupt: Interrupt) -> Stop | None:
@@ -74,8 +76,11 @@ class Trainer:
     def _guarded_step(self) -> None:
         try:
             self._step()
-        except UserError:
-            # A reward that broke down, say: the policy still is what it was after the last step, so keep that.
+        except RewardError:
+            # The policy still is what it was after the last step, so keep that. Once the reward is mended, its earlier
+            # failures must not count against it.
+            for name in self.parts.scorer.failures:
+                self.parts.scorer.failures[name] = Calls()
             with suppress(RunFolderError):
                 self._save()
             raise
@@ -114,6 +119,7 @@ class Trainer:
         self.samples.append(*(rollout_record(self.progress.step, rollout) for rollout in rollouts))
         self.trackers.log(metrics, self.progress.step)
         self.screen.step(metrics)
+        self._tell_of_failing_rewards()
         for finding in self.health.update(metrics):
             self.screen.message(finding.text, "warning")
             if finding.level == "stop":
@@ -121,6 +127,17 @@ class Trainer:
         if self.progress.step % self.config.sample_steps == 0 or self.progress.step == 1:
             good, bad = shown_samples(rollouts)
             self.screen.sample(good, bad)
+
+    def _tell_of_failing_rewards(self) -> None:
+        # At once: a reward that hangs takes its whole timeout in each call until there are enough to stop the run.
+        for name, calls in self.parts.scorer.failures.items():
+            if calls.failed and name not in self._failing:
+                self._failing.add(name)
+                self.screen.message(
+                    f"reward {name} failed in {calls.failed} of {calls.made} calls, whose completions go without it: "
+                    f"{in_short(calls.first)}",
+                    "warning",
+                )
 
     def _evaluate(self, name: EvaluationName) -> None:
         """Held-out accuracy; the adapter with the best single pass so far is kept in ``best``."""
@@ -163,10 +180,22 @@ class Trainer:
             self.parts.sampler.load_adapter()
             for damage in found.damaged:
                 self.screen.message(f"{damage}; going on from step {found.step}", "warning")
+        elif self.folder.has_work():
+            raise RunFolderError(
+                f"{self.folder.path} holds the records of earlier steps but no checkpoint to go on from; use --fresh "
+                "to start over (the old run is kept beside it)"
+            )
         positions = self.progress.positions
         self.metrics = Records(self.folder.path / "metrics.jsonl", positions.get("metrics", 0))
         self.samples = Records(self.folder.path / "samples.jsonl", positions.get("samples", 0))
         self.screen.start(self.config, self.parts.notes, self.progress.step)
+        for records in (self.metrics, self.samples):
+            if records.missing:
+                self.screen.message(
+                    f"{records.path} has lost lines of earlier steps (deleted or cut?); the run itself is complete and "
+                    "goes on",
+                    "warning",
+                )
         for result in self.progress.evaluations:
             self.screen.evaluation("before" if result["step"] == 0 else "during", result)
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import platform
+import shlex
 import time
 from importlib.metadata import PackageNotFoundError, version
 from typing import Any
@@ -75,7 +76,7 @@ def _summary(
         "rollouts": progress.step * config.prompts_per_step * config.num_generations,
         "problems": {"train": len(trainer.parts.train), "held_out": len(trainer.parts.held_out)},
         "adapter": str(folder.adapter),
-        "best_adapter": str(folder.best),
+        "best_adapter": str(folder.best) if folder.best.is_dir() else None,
         "next": _next(folder, stop),
         "time": {"loading": loading} | progress.seconds,
         "seed": config.seed,
@@ -86,7 +87,7 @@ def _summary(
 def _next(folder: RunFolder, stop: Stop | None) -> list[str]:
     if stop is not None:
         return ["run the same command again to go on"]
-    return [f"igrpo-lite eval {folder.path}"]
+    return [f"igrpo-lite eval {shlex.quote(str(folder.path))}"]
 
 
 def _versions() -> dict[str, str]:

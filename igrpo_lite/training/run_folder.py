@@ -21,7 +21,7 @@ from typing import Any
 from filelock import FileLock, Timeout
 
 from igrpo_lite.config import RunConfig
-from igrpo_lite.errors import RunFolderError
+from igrpo_lite.errors import ConfigError, RunFolderError
 from igrpo_lite.settings import RESUMABLE, differences, dump, load_file, resolve
 
 
@@ -51,7 +51,7 @@ class RunFolder:
             raise RunFolderError(f"{self.path} is in use by another run; wait for it or set --output-dir") from error
         except OSError as error:
             raise RunFolderError(
-                f"{self.path} cannot be written: {error}; set --output-dir to another folder"
+                f"{self.path} cannot be written: {error.strerror or error}; set --output-dir to another folder"
             ) from error
         try:
             self._check_owner()
@@ -74,7 +74,9 @@ class RunFolder:
             os.replace(temporary, target)
         except OSError as error:
             temporary.unlink(missing_ok=True)
-            raise RunFolderError(f"{target} could not be written: {error}; make room and run again") from error
+            raise RunFolderError(
+                f"{target} could not be written: {error.strerror or error}; make room and run the same command again"
+            ) from error
 
     def write_json(self, name: str, value: Any) -> None:
         self.write_text(name, json.dumps(_finite(value), indent=2, ensure_ascii=False) + "\n")
@@ -88,6 +90,12 @@ class RunFolder:
             return json.loads((self.path / "summary.json").read_text(encoding="utf-8"))
         except (OSError, ValueError):
             return None
+
+    def has_work(self) -> bool:
+        """Whether an earlier start got as far as a result: before that, mending a setting must not lock anybody out."""
+        samples = self.path / "samples.jsonl"
+        written = samples.exists() and samples.stat().st_size > 0
+        return written or (self.path / "summary.json").exists() or any(self.checkpoints.glob("step-*"))
 
     def _set_aside(self) -> None:
         if not self.path.is_dir() or not any(self.path.iterdir()):
@@ -106,7 +114,15 @@ class RunFolder:
             if any(entry.name != ".lock" for entry in self.path.iterdir()):
                 self._require_run_folder()
             return
-        made_with = resolve(load_file(self.path / "config.yaml"))
+        if not self.has_work():
+            return
+        try:
+            made_with = resolve(load_file(self.path / "config.yaml"))
+        except ConfigError as error:
+            raise RunFolderError(
+                f"{self.path}/config.yaml, which says how the run was made, cannot be used: {error.problems[0]}; "
+                "restore it, or start over with --fresh (the old run is kept beside it)"
+            ) from error
         changed = {k: v for k, v in differences(made_with, self.config).items() if k not in RESUMABLE}
         if changed:
             lines = [f"{name}: {old!r} then, {new!r} now" for name, (old, new) in changed.items()]
@@ -124,16 +140,24 @@ class RunFolder:
 
 
 class Records:
-    """A JSON-lines file that a resumed run cuts back to where its checkpoint was."""
+    """A JSON-lines file that a resumed run cuts back to where its checkpoint was.
+
+    Attributes:
+        missing: bytes that the checkpoint knows of and the file no longer has; it goes on with whole lines.
+    """
 
     def __init__(self, path: Path, position: int = 0) -> None:
         self.path = path
         try:
+            kept = position
+            if position and (not path.exists() or path.stat().st_size < position):
+                kept = path.read_bytes().rfind(b"\n") + 1 if path.exists() else 0
+            self.missing = position - kept
             self._stream = path.open("ab")
-            self._stream.truncate(position)
-            self._stream.seek(position)
+            self._stream.truncate(kept)
+            self._stream.seek(kept)
         except OSError as error:
-            raise RunFolderError(f"{path} cannot be written: {error}") from error
+            raise RunFolderError(f"{path} cannot be written: {error.strerror or error}") from error
 
     def append(self, *records: dict[str, Any]) -> None:
         """Write whole lines at once and hand them to the operating system."""
@@ -142,8 +166,8 @@ class Records:
             self._stream.flush()
         except OSError as error:
             raise RunFolderError(
-                f"{self.path} could not be written: {error}; make room and run the same command again to go on from "
-                "the last checkpoint"
+                f"{self.path} could not be written: {error.strerror or error}; make room and run the same command "
+                "again to go on from the last checkpoint"
             ) from error
 
     @property
