@@ -51,6 +51,9 @@ _ELSEWHERE = {
     "lr": "learning_rate",
     "lora_rank": "lora_r",
     "rank": "lora_r",
+    "resume": "output_dir",
+    "resume_from_checkpoint": "output_dir",
+    "overwrite_output_dir": "fresh",
 }
 """Names of other trainers for what is close to one of ours but spelt too differently for the nearest name."""
 

@@ -122,6 +122,27 @@ def test_stopped_and_resumed_is_bit_equal(algorithm, tmp_path):
     assert_same_run(tmp_path / "straight", tmp_path / "parts")
 
 
+def test_stopping_where_an_evaluation_is_due_does_not_lose_it(whole, tmp_path):
+    """Stops after every single step, the ones with an evaluation and a checkpoint among them."""
+    folder = tmp_path / "steps"
+    for step in range(1, 6):
+        summary = train(resolve(SETTINGS | {"output_dir": str(folder), "max_minutes": 1e-6}))
+        assert (summary["steps"], summary["stopped_by"]) == (step, "time")
+    train(resolve(SETTINGS | {"output_dir": str(folder)}))
+    assert_same_run(whole, folder)
+
+
+def test_a_checkpoint_half_replaced_is_taken_back(tmp_path):
+    """Killed between setting the old one aside and naming the new one."""
+    folder = tmp_path / "run"
+    train(small_config(output_dir=str(folder), max_steps=1, save_total_limit=1))
+    (kept,) = (folder / "checkpoints").iterdir()
+    kept.rename(kept.with_name(f".old-{kept.name}"))
+    summary = train(small_config(output_dir=str(folder), max_steps=2, save_total_limit=1))
+    assert summary["steps"] == 2
+    assert [r["step"] for r in lines(folder, "metrics.jsonl") if r["kind"] == "step"] == [1, 2]
+
+
 def run_until(arguments: list[str], condition, number: signal.Signals) -> tuple[int, str]:
     environment = os.environ | {"OMP_NUM_THREADS": "1"}
     process = subprocess.Popen(arguments, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True, env=environment)

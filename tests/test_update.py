@@ -23,7 +23,11 @@ def parts():
 
 
 def collect(config, parts):
-    return RolloutCollector(parts.sampler, parts.scorer, parts.prompts, config, 0).collect(parts.train[:4], 0)
+    """Rollouts of four problems whose last stage has rewards that differ, so that there is something to learn."""
+    rollouts = RolloutCollector(parts.sampler, parts.scorer, parts.prompts, config, 0).collect(parts.train[:32], 0)
+    mixed = [r for r in rollouts if len({score.reward for score in r.groups[-1].scores}) > 1]
+    assert len(mixed) >= 4
+    return mixed[:4]
 
 
 def gradients_of_update(config, parts, rollouts):
@@ -118,6 +122,9 @@ def test_only_completion_tokens_learn(parts):
     """Counted: as many learning positions as completion tokens of sequences with an advantage."""
     config = small_config(algorithm="igrpo", num_generations=12)
     rollouts = collect(config, parts)
+    level = rollouts[0].stage2
+    same = tuple(dataclasses.replace(score, reward=0.3) for score in level.scores)
+    rollouts[0] = dataclasses.replace(rollouts[0], stage2=dataclasses.replace(level, scores=same))
     _, stats = gradients_of_update(config, parts, rollouts)
     tokens = sequences = 0
     for rollout in rollouts:
@@ -133,7 +140,7 @@ def test_only_completion_tokens_learn(parts):
 
 def test_prompt_runs_once_per_group(parts):
     config = small_config(algorithm="igrpo", num_generations=12)
-    rollouts = [r for r in collect(config, parts) if len({s.reward for s in r.stage2.scores}) > 1][:1]
+    rollouts = collect(config, parts)[:1]
     _, stats = gradients_of_update(config, parts, rollouts)
     repeated = sum(len(rollouts[0].stage2.prompt.ids) + len(c.ids) for c in rollouts[0].stage2.completions)
     assert len(rollouts[0].stage2.prompt.ids) < stats.backbone_tokens < 0.5 * repeated

@@ -70,10 +70,7 @@ class Checkpoints:
             (temporary / _MANIFEST).write_text(json.dumps({"step": step, "files": hashes}), encoding="utf-8")
             for file in temporary.iterdir():
                 _flush(file)
-            if final.exists():
-                shutil.rmtree(final)
-            temporary.rename(final)
-            _flush(self.folder)
+            _put_in_place(temporary, final)
         except _DISK as error:
             shutil.rmtree(temporary, ignore_errors=True)
             kept = self.steps()
@@ -97,6 +94,8 @@ class Checkpoints:
         Raises:
             RunFolderError: there are checkpoints and none is sound.
         """
+        for aside in self.folder.glob(".old-step-*"):
+            _take_back(self.folder / aside.name.removeprefix(".old-"))
         damaged: list[str] = []
         for step in reversed(self.steps()):
             path = self.folder / f"step-{step:06d}"
@@ -119,21 +118,34 @@ def restore(path: Path, policy: Policy, optimizer: torch.optim.Optimizer) -> dic
 
 def save_adapter(policy: Policy, folder: Path) -> None:
     """Write a PEFT-loadable adapter with its tokenizer; an existing one is replaced only by a complete one."""
-    temporary, old = folder.with_name(f".tmp-{folder.name}"), folder.with_name(f".old-{folder.name}")
+    temporary = folder.with_name(f".tmp-{folder.name}")
     shutil.rmtree(temporary, ignore_errors=True)
     try:
         policy.model.save_pretrained(temporary)
         policy.tokenizer.save_pretrained(temporary)
-        shutil.rmtree(old, ignore_errors=True)
-        if folder.exists():
-            folder.rename(old)
-        temporary.rename(folder)
-        shutil.rmtree(old, ignore_errors=True)
+        _put_in_place(temporary, folder)
     except _DISK as error:
         shutil.rmtree(temporary, ignore_errors=True)
         raise RunFolderError(
             f"adapter could not be written to {folder}: {error}; make room and run the same command again"
         ) from error
+
+
+def _put_in_place(complete: Path, final: Path) -> None:
+    """Give a complete folder its name; what had it is deleted last (:func:`_take_back` mends half of this)."""
+    aside = final.with_name(f".old-{final.name}")
+    shutil.rmtree(aside, ignore_errors=True)
+    if final.exists():
+        final.rename(aside)
+    complete.rename(final)
+    _flush(final.parent)
+    shutil.rmtree(aside, ignore_errors=True)
+
+
+def _take_back(final: Path) -> None:
+    aside = final.with_name(f".old-{final.name}")
+    if aside.exists() and not final.exists():
+        aside.rename(final)
 
 
 def _damage(path: Path) -> str | None:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 import time
 from collections.abc import Sequence
 from contextlib import suppress
@@ -51,22 +52,23 @@ class Trainer:
         self._fatal: str | None = None
         self._failing: set[str] = set()
         self._started = self._saved = time.monotonic()
+        self._saved_step: int | None = None
+        self._resumed_step = 0
 
     def run(self, interrupt: Interrupt) -> Stop | None:
         """Train until ``max_steps`` or until something asks to stop; everything is saved either way."""
         self._resume()
         try:
-            if not self.progress.evaluations:
-                self._evaluate("before")
-                self._save()
-            stop = None
-            while self.progress.step < self.config.max_steps and stop is None:
-                self._guarded_step()
+            while True:
+                # Before the stop is looked at, and again on resume: a run stopped here must not miss its evaluation.
+                if self._evaluation_due() and not interrupt.requested:
+                    self._evaluate()
                 stop = self._stop(interrupt)
-                if self._evaluation_due(stop):
-                    self._evaluate("after" if self.progress.step == self.config.max_steps else "during")
                 if self._save_due(stop):
                     self._save()
+                if stop is not None or self.progress.step >= self.config.max_steps:
+                    break
+                self._guarded_step()
             save_adapter(self.parts.policy, self.folder.adapter)
             return stop
         finally:
@@ -139,7 +141,7 @@ class Trainer:
                     "warning",
                 )
 
-    def _evaluate(self, name: EvaluationName) -> None:
+    def _evaluate(self) -> None:
         """Held-out accuracy; the adapter with the best single pass so far is kept in ``best``."""
         self.screen.heartbeat(f"evaluating on {len(self.parts.held_out)} held-out problems")
         limit = self.config.max_completion_length
@@ -153,7 +155,11 @@ class Trainer:
         self.trackers.log({f"eval/{key}": value for key, value in result.items() if key != "step"}, self.progress.step)
         if self.progress.add_evaluation(result):
             save_adapter(self.parts.policy, self.folder.best)
-        self.screen.evaluation(name, result | {"seconds": evaluation.seconds})
+        self._saved_step = None
+        self.screen.evaluation(self._name(self.progress.step), result | {"seconds": evaluation.seconds})
+
+    def _name(self, step: int) -> EvaluationName:
+        return "before" if step == 0 else "after" if step >= self.config.max_steps else "during"
 
     def _save(self) -> None:
         started = time.perf_counter()
@@ -161,7 +167,7 @@ class Trainer:
         self.progress.health = self.health.state()
         self.progress.reward_failures = {name: asdict(calls) for name, calls in self.parts.scorer.failures.items()}
         self.checkpoints.save(self.progress.step, self.parts.policy, self.update.optimizer, self.progress.to_json())
-        self._saved = time.monotonic()
+        self._saved, self._saved_step = time.monotonic(), self.progress.step
         self.progress.clock(saving=time.perf_counter() - started)
 
     def _resume(self) -> None:
@@ -178,6 +184,7 @@ class Trainer:
             failures = {name: Calls(**calls) for name, calls in self.progress.reward_failures.items()}
             self.parts.scorer.failures.update(failures)
             self.parts.sampler.load_adapter()
+            self._saved_step = self._resumed_step = found.step
             for damage in found.damaged:
                 self.screen.message(f"{damage}; going on from step {found.step}", "warning")
         elif self.folder.has_work():
@@ -197,28 +204,32 @@ class Trainer:
                     "warning",
                 )
         for result in self.progress.evaluations:
-            self.screen.evaluation("before" if result["step"] == 0 else "during", result)
+            self.screen.evaluation(self._name(result["step"]), result)
 
     def _stop(self, interrupt: Interrupt) -> Stop | None:
         if interrupt.name is not None:
             return Stop(interrupt.name, f"{interrupt.name} received")
-        if self.progress.step == self.config.max_steps:
+        if self.progress.step >= self.config.max_steps:
             return None
         diagnosis = self._fatal or self.health.dead()
         if diagnosis is not None:
             return Stop("diagnosis", diagnosis)
-        if self.config.max_minutes and time.monotonic() - self._started > 60 * self.config.max_minutes:
+        over = time.monotonic() - self._started > 60 * (self.config.max_minutes or math.inf)
+        if over and self.progress.step > self._resumed_step:
             return Stop("time", f"{self.config.max_minutes:g} minutes are over (--max-minutes)")
         return None
 
-    def _evaluation_due(self, stop: Stop | None) -> bool:
-        step = self.progress.step
-        return step == self.config.max_steps or (stop is None and step % self.config.eval_steps == 0)
+    def _evaluation_due(self) -> bool:
+        step, done = self.progress.step, self.progress.evaluations
+        due = step % self.config.eval_steps == 0 or step >= self.config.max_steps
+        return due and (not done or done[-1]["step"] != step)
 
     def _save_due(self, stop: Stop | None) -> bool:
         step = self.progress.step
-        due = step % self.config.save_steps == 0 or time.monotonic() - self._saved > 60 * self.config.save_minutes
-        return due or stop is not None or step == self.config.max_steps
+        if step == self._saved_step:
+            return False
+        late = time.monotonic() - self._saved > 60 * self.config.save_minutes
+        return step % self.config.save_steps == 0 or late or stop is not None or step >= self.config.max_steps
 
     def _heartbeat(self, done: int, total: int) -> None:
         self.screen.heartbeat(f"step {self.progress.step + 1}: {done} of {total} completions")

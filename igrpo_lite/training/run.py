@@ -64,7 +64,7 @@ def _summary(
     finished = progress.step >= config.max_steps
     best = progress.best
     return {
-        "before": progress.evaluations[0],
+        "before": progress.evaluations[0] if progress.evaluations else None,
         "after": progress.evaluations[-1] if finished else None,
         "best": best,
         "evaluations": len(progress.evaluations),
