@@ -8,11 +8,11 @@ import platform
 import shlex
 import statistics
 from collections.abc import Sequence
-from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
 from typing import Any
 
-_PACKAGES = ("igrpo-lite", "torch", "transformers", "peft", "numpy")
+from igrpo_lite.versions import installed_versions
+
 _PLACES = ("--json", "--markdown", "--output-dir")
 
 
@@ -31,7 +31,7 @@ def provenance(script: str, arguments: Sequence[str], threads: int) -> dict[str,
     """Command, versions and machine of a result; ``load`` over the number of processors means a busy machine."""
     return {
         "command": command(script, arguments),
-        "versions": versions(),
+        "versions": installed_versions(),
         "machine": {
             "cpu": cpu_model(),
             "cpus": os.cpu_count(),
@@ -55,16 +55,6 @@ def command(script: str, arguments: Sequence[str]) -> str:
         else:
             kept.append(argument)
     return shlex.join(["python", f"benchmarks/{script}", *kept])
-
-
-def versions() -> dict[str, str]:
-    found = {"python": platform.python_version()}
-    for name in _PACKAGES:
-        try:
-            found[name] = version(name)
-        except PackageNotFoundError:
-            continue
-    return found
 
 
 def cpu_model() -> str:

@@ -9,7 +9,7 @@ import pytest
 
 PACKAGE = Path(__file__).parents[1] / "igrpo_lite"
 FLOORS = [
-    {"types", "errors"},
+    {"types", "errors", "versions"},
     {"config", "prompts"},
     {"fields", "problems", "rewards"},
     {"tiny"},

@@ -2,13 +2,10 @@
 
 from __future__ import annotations
 
-import platform
 import shlex
 import time
-from importlib.metadata import PackageNotFoundError, version
 from typing import Any
 
-from igrpo_lite import __version__
 from igrpo_lite.config import RunConfig
 from igrpo_lite.report.screen import Screen, make_screen
 from igrpo_lite.report.trackers import Trackers
@@ -17,8 +14,7 @@ from igrpo_lite.training.loop import Trainer
 from igrpo_lite.training.prepare import prepare
 from igrpo_lite.training.run_folder import RunFolder
 from igrpo_lite.training.state import Stop
-
-_PACKAGES = ("torch", "transformers", "peft", "datasets", "accelerate", "tokenizers", "numpy")
+from igrpo_lite.versions import installed_versions
 
 
 def run(config: RunConfig) -> dict[str, Any]:
@@ -80,7 +76,7 @@ def _summary(
         "next": _next(folder, stop),
         "time": {"loading": loading} | progress.seconds,
         "seed": config.seed,
-        "versions": _versions(),
+        "versions": installed_versions(),
     }
 
 
@@ -88,13 +84,3 @@ def _next(folder: RunFolder, stop: Stop | None) -> list[str]:
     if stop is not None:
         return ["run the same command again to go on"]
     return [f"igrpo-lite eval {shlex.quote(str(folder.path))}"]
-
-
-def _versions() -> dict[str, str]:
-    found = {"igrpo-lite": __version__, "python": platform.python_version()}
-    for name in _PACKAGES:
-        try:
-            found[name] = version(name)
-        except PackageNotFoundError:
-            continue
-    return found
