@@ -7,7 +7,8 @@ import time
 from typing import Any
 
 from igrpo_lite.config import RunConfig
-from igrpo_lite.report.screen import Screen, make_screen
+from igrpo_lite.report.choice import make_screen
+from igrpo_lite.report.screen import Screen
 from igrpo_lite.report.trackers import Trackers
 from igrpo_lite.training.interrupt import Interrupt
 from igrpo_lite.training.loop import Trainer
