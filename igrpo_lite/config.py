@@ -226,14 +226,16 @@ SECTIONS: tuple[type[Section], ...] = (
 
 MODEL_DEFAULTS: dict[str, dict[str, Any]] = {
     "tiny": {
+        "lora_alpha": 32,
         "num_generations": 16,
         "max_completion_length": 48,
         "learning_rate": 1e-3,
         "max_grad_norm": 1.0,
-        "max_steps": 40,
+        "max_steps": 60,
         "eval_steps": 20,
-        "save_steps": 10,
-        "sample_steps": 10,
+        "eval_size": 400,
+        "save_steps": 20,
+        "sample_steps": 20,
     },
 }
 """Defaults that suit one model better than the general ones; whatever the user sets wins."""

@@ -1,6 +1,6 @@
 """Makes the bundled model from nothing: ``python -m igrpo_lite.tiny.build --output-dir DIR``.
 
-A small Llama learns from worked solutions of the ``warmup`` split, in the very prompts that reinforcement learning
+A small Qwen2 learns from worked solutions of the ``warmup`` split, in the very prompts that reinforcement learning
 uses afterwards (stage 1, and stage 2 with right and wrong drafts). Every demonstration is a full, right solution; but
 two kinds of problems are practised very little (see :data:`RARE`). So the built model writes full solutions and mostly
 calculates well, and what it lacks is the choice of the right operation in those two kinds.
@@ -21,11 +21,11 @@ from pathlib import Path
 import torch
 import transformers
 from torch import Tensor, nn
-from transformers import DynamicCache, GenerationConfig, LlamaConfig, LlamaForCausalLM, PreTrainedTokenizerFast
+from transformers import DynamicCache, GenerationConfig, Qwen2Config, Qwen2ForCausalLM, Qwen2Tokenizer
 
 from igrpo_lite.problems.synthetic import TWO_STEP_KINDS, Worked, load, split_of
 from igrpo_lite.prompts import STAGE2_TEMPLATES, SYSTEM_PROMPTS, PromptBuilder
-from igrpo_lite.tiny.tokenizer import START, build_tokenizer, save_tokenizer
+from igrpo_lite.tiny.tokenizer import START, build_tokenizer
 from igrpo_lite.types import Problem
 
 Row = tuple[tuple[int, ...], tuple[bool, ...]]
@@ -61,10 +61,10 @@ RARE = ("two-find", "boxes-more")
 operation a problem asks for is what reinforcement learning, practising all kinds alike, has to teach it."""
 
 PHASES: tuple[Phase, ...] = (
-    Phase(steps=275, rare=0.015, drills=0.7, drafts=0.0),
-    Phase(steps=175, rare=0.015, drills=0.2, drafts=0.5, decay=0.77),
-    Phase(steps=40, rare=0.05, drills=0.1, drafts=0.5, rate=0.25),
-    Phase(steps=20, rare=0.05, drills=0.1, drafts=0.5, rate=0.2, decay=1.0),
+    Phase(steps=325, rare=0.005, drills=0.7, drafts=0.0),
+    Phase(steps=300, rare=0.005, drills=0.15, drafts=0.6, decay=0.5),
+    Phase(steps=40, rare=0.07, drills=0.1, drafts=0.6, rate=0.25),
+    Phase(steps=20, rare=0.07, drills=0.1, drafts=0.6, rate=0.2, decay=1.0),
 )
 
 
@@ -93,10 +93,10 @@ class Recipe:
     context: int = 1024
 
 
-def build_model(recipe: Recipe, tokenizer: PreTrainedTokenizerFast) -> LlamaForCausalLM:
-    """A Llama with random weights that fits the tokenizer."""
+def build_model(recipe: Recipe, tokenizer: Qwen2Tokenizer) -> Qwen2ForCausalLM:
+    """A Qwen2 with random weights that fits the tokenizer."""
     torch.manual_seed(recipe.seed)
-    config = LlamaConfig(
+    config = Qwen2Config(
         vocab_size=len(tokenizer),
         hidden_size=recipe.hidden,
         intermediate_size=recipe.intermediate,
@@ -109,7 +109,10 @@ def build_model(recipe: Recipe, tokenizer: PreTrainedTokenizerFast) -> LlamaForC
         eos_token_id=tokenizer.eos_token_id,
         pad_token_id=tokenizer.pad_token_id,
     )
-    model = LlamaForCausalLM(config)
+    model = Qwen2ForCausalLM(config)
+    for name, parameter in model.named_parameters():
+        if name.endswith("bias"):  # zero, and left so: with biases of queries and keys the solutions came later
+            parameter.requires_grad_(False)
     model.generation_config = GenerationConfig(
         eos_token_id=tokenizer.eos_token_id,
         pad_token_id=tokenizer.pad_token_id,
@@ -146,7 +149,7 @@ def wrong_draft(worked: Worked, r: random.Random) -> str:
 class Lessons:
     """Endless batches of warm-up rows for one recipe."""
 
-    def __init__(self, recipe: Recipe, tokenizer: PreTrainedTokenizerFast) -> None:
+    def __init__(self, recipe: Recipe, tokenizer: Qwen2Tokenizer) -> None:
         self.recipe = recipe
         self.tokenizer = tokenizer
         self.random = random.Random(f"lessons/{recipe.seed}")
@@ -205,7 +208,7 @@ def shared_length(texts: list[tuple[int, ...]], limit: int) -> int:
     return limit
 
 
-def batch_loss(model: LlamaForCausalLM, rows: list[Row]) -> Tensor:
+def batch_loss(model: Qwen2ForCausalLM, rows: list[Row]) -> Tensor:
     """Mean cross-entropy of the answers' tokens.
 
     The tokens that all prompts begin with (the system prompt) pass through the model once; their keys and values,
@@ -232,12 +235,12 @@ def batch_loss(model: LlamaForCausalLM, rows: list[Row]) -> Tensor:
 class Trainer:
     """Model, lessons and optimizers of one build: Muon for the layers' matrices, AdamW for all else."""
 
-    def __init__(self, model: LlamaForCausalLM, lessons: Lessons) -> None:
+    def __init__(self, model: Qwen2ForCausalLM, lessons: Lessons) -> None:
         recipe = lessons.recipe
         self.model, self.lessons, self.recipe = model, lessons, recipe
         matrices = [p for p in model.model.layers.parameters() if p.ndim == 2]
         chosen = {id(p) for p in matrices}
-        others = [p for p in model.parameters() if id(p) not in chosen]
+        others = [p for p in model.parameters() if p.requires_grad and id(p) not in chosen]
         self.muon = torch.optim.Muon(matrices, lr=recipe.muon_lr, momentum=0.95, weight_decay=0.0)
         self.adamw = torch.optim.AdamW(others, lr=recipe.adamw_lr, betas=(0.9, 0.98), weight_decay=0.0)
         self.step = 0
@@ -262,7 +265,7 @@ class Trainer:
 
 @torch.no_grad()
 def answer_all(
-    model: LlamaForCausalLM, tokenizer: PreTrainedTokenizerFast, prompts: list[tuple[int, ...]], sample: bool = False
+    model: Qwen2ForCausalLM, tokenizer: Qwen2Tokenizer, prompts: list[tuple[int, ...]], sample: bool = False
 ) -> list[tuple[int, ...]]:
     """The model's answers: greedy ones, or samples at temperature 1; each ends with the end token if it was found."""
     model.eval()
@@ -283,7 +286,7 @@ def is_right(text: str, problem: Problem) -> bool:
     return bool(found) and found[-1] == problem.answer
 
 
-def evaluate(model: LlamaForCausalLM, lessons: Lessons, problems: list[Problem]) -> dict[str, float]:
+def evaluate(model: Qwen2ForCausalLM, lessons: Lessons, problems: list[Problem]) -> dict[str, float]:
     """Percentages right: greedy in one pass (all, per kind), sampled, refined (from the greedy draft), ended."""
     tokenizer = lessons.tokenizer
     firsts = [lessons.plain.first(problem.question) for problem in problems]
@@ -338,7 +341,7 @@ def build(recipe: Recipe, output_dir: Path, problems: int = 400, log_every: int 
         model.to(torch.bfloat16)
         model.save_pretrained(output_dir)
         (output_dir / "model.safetensors").chmod(0o644)
-        save_tokenizer(tokenizer, output_dir)
+        tokenizer.save_pretrained(output_dir)
         if problems:
             log(f"as saved, in bfloat16's precision: {evaluate(model.float(), lessons, held_out)}")
         size = sum(path.stat().st_size for path in output_dir.iterdir())
