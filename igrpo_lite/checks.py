@@ -23,7 +23,7 @@ def findings(config: RunConfig) -> list[str]:
     from igrpo_lite.problems.loading import data_findings
     from igrpo_lite.rewards.scorer import reward_findings
 
-    prompts = prompt_findings(config, two_stages=config.algorithm != "grpo")
+    prompts = prompt_findings(config)
     rest = reward_findings(config) + tracker_findings(config.report_to)
     return model_findings(config) + data_findings(config) + prompts + rest
 
@@ -37,7 +37,7 @@ def tracker_findings(report_to: Sequence[str]) -> list[str]:
     ]
 
 
-def prompt_findings(options: PromptOptions, two_stages: bool = True) -> list[str]:
+def prompt_findings(options: PromptOptions) -> list[str]:
     """Texts that look like a file which is not there, and a stage-2 template that lacks its places."""
     found = []
     for name in ("system_prompt", "stage2_template"):
@@ -50,8 +50,8 @@ def prompt_findings(options: PromptOptions, two_stages: bool = True) -> list[str
             except (OSError, UnicodeDecodeError) as error:
                 found.append(f"{name}: {value} cannot be read as UTF-8 text: {error}")
             else:
-                stage2 = name == "stage2_template" and two_stages
-                found += template_findings(text, options.draft_placement) if stage2 else []
+                # Evaluation refines whatever the algorithm, so GRPO needs the template too.
+                found += template_findings(text, options.draft_placement) if name == "stage2_template" else []
     return found
 
 

@@ -25,9 +25,9 @@ class ModelOptions(Section):
 
     model: str = Field("tiny", description="`tiny` (bundled), a local folder, or a Hugging Face hub id.")
     revision: str | None = Field(None, description="Branch, tag or commit of a hub model.")
-    dtype: Literal["auto", "float32", "bfloat16", "float16"] = Field(
+    dtype: Literal["auto", "float32", "bfloat16"] = Field(
         "auto",
-        description="Type of the frozen weights; `auto`: float32 on CPU, bfloat16 where the GPU has it, else float16.",
+        description="Type of the frozen weights; `auto`: bfloat16 on GPUs that compute in it, float32 elsewhere.",
     )
     device: str = Field("auto", description="`auto`, `cpu`, `cuda`, `cuda:1` or `mps`.")
     torch_threads: PositiveInt | None = Field(

@@ -50,6 +50,11 @@ PLAIN_CHAT_TEMPLATE = (
 _MARK = "\u241edraft\u241e"
 
 
+class _Anything(dict[str, str]):
+    def __missing__(self, key: str) -> str:
+        return ""
+
+
 def template_findings(template: str, placement: Placement) -> list[str]:
     """What is wrong with a stage-2 template: empty when nothing is.
 
@@ -58,7 +63,8 @@ def template_findings(template: str, placement: Placement) -> list[str]:
     """
     try:
         fields = [name for _, name, _, _ in string.Formatter().parse(template) if name is not None]
-    except ValueError as error:
+        template.format_map(_Anything())  # a placeholder may name no conversion or format that text has not
+    except (ValueError, IndexError, AttributeError) as error:
         return [f"stage2_template: {error}; write a literal brace as {{{{ or }}}}"]
     if placement == "multi-turn":
         if fields or not template.strip():
@@ -117,13 +123,16 @@ class PromptBuilder:
     def second(self, question: str, first: Prompt, draft_ids: Sequence[int]) -> Prompt:
         """The prompt of refinements, q' = Concat(q, d) of the paper's equation 3.
 
-        Control tokens of the draft are left out, so that it cannot close the turn it stands in.
+        In the user's turn the draft is plain text: control tokens, also spelt out, are left out, so that it cannot
+        close the turn it stands in.
         """
         kept = self.shown(draft_ids)
         if self.placement == "multi-turn":
             return self._second_turn(first, kept)
-        draft = self.tokenizer.decode(kept, skip_special_tokens=True).strip()
-        content = self.stage2_template.format(question=question, draft=draft)
+        draft = self.tokenizer.decode(kept, skip_special_tokens=True)
+        for control in self.tokenizer.all_special_tokens:
+            draft = draft.replace(control, "")
+        content = self.stage2_template.format(question=question, draft=draft.strip())
         return self._encode(self._render([{"role": "user", "content": content}]))
 
     def shown(self, draft_ids: Sequence[int]) -> tuple[int, ...]:
@@ -134,18 +143,29 @@ class PromptBuilder:
     def _second_turn(self, first: Prompt, draft_ids: tuple[int, ...]) -> Prompt:
         # The ids of prompt and draft are kept as they were decoded, never re-tokenised: an engine can re-use their keys
         # and values. Only the text after the draft is new.
-        question = {"role": "user", "content": _MARK + "?"}
+        tail = self._after_answer(self.stage2_template.format())
+        if draft_ids and draft_ids[-1:] == tail[:1]:
+            tail = tail[1:]
+        ids = first.ids + draft_ids + tail
+        return Prompt(self.tokenizer.decode(ids), ids)
+
+    def end_of_turn(self) -> int | None:
+        """The control token that closes the assistant's turn in the chat template, if one does.
+
+        It need not be the tokenizer's end-of-sequence token, and a model trained on the template ends with it.
+        """
+        tail = self._after_answer("?")
+        return tail[0] if tail and tail[0] in self.tokenizer.all_special_ids else None
+
+    def _after_answer(self, next_turn: str) -> tuple[int, ...]:
+        """Ids that follow the assistant's text when the user speaks again: end of turn, user's turn, a new start."""
         messages = [
-            question,
+            {"role": "user", "content": _MARK + "?"},
             {"role": "assistant", "content": _MARK},
-            {"role": "user", "content": self.stage2_template},
+            {"role": "user", "content": next_turn},
         ]
         suffix = self._render(messages).rpartition(_MARK)[2]
-        end = self.tokenizer.eos_token or ""
-        if draft_ids and draft_ids[-1] == self.tokenizer.eos_token_id and suffix.startswith(end):
-            suffix = suffix[len(end) :]
-        ids = first.ids + draft_ids + tuple(self.tokenizer.encode(suffix, add_special_tokens=False))
-        return Prompt(self.tokenizer.decode(ids), ids)
+        return tuple(self.tokenizer.encode(suffix, add_special_tokens=False))
 
     def _accepts_system(self) -> bool:
         try:  # a template may refuse the role (Gemma) or drop it silently

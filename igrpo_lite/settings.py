@@ -31,6 +31,7 @@ RESUMABLE: frozenset[str] = frozenset(
         "report_to",
         "progress",
         "sample_steps",
+        "patience_dead",
     }
 )
 """Settings that may differ when a run folder is continued: none of them changes what was already computed."""

@@ -8,7 +8,7 @@ import shutil
 import pytest
 import torch
 from models import FAMILIES, make_model
-from transformers import AutoTokenizer, BertConfig, BertModel
+from transformers import AutoTokenizer, BertConfig, BertModel, GPT2Config, GPT2LMHeadModel
 
 from igrpo_lite.config import ModelOptions
 from igrpo_lite.errors import ModelError
@@ -47,6 +47,19 @@ def test_the_adapter_depends_on_the_seed_alone():
     other = dict(load_policy(ModelOptions(), seed=8).adapter_parameters())
     assert all(torch.equal(first[name], second[name]) for name in first)
     assert any(not torch.equal(first[name], other[name]) for name in first)
+
+
+def test_dropout_is_off_in_sampling_and_update_alike(tmp_path):
+    """Noise between the policy that samples and the one that is scored would pass for a change of the policy."""
+    config = GPT2Config(
+        vocab_size=575, n_positions=256, n_embd=32, n_layer=2, n_head=2, resid_pdrop=0.3, attn_pdrop=0.3
+    )
+    GPT2LMHeadModel(config).save_pretrained(tmp_path)
+    AutoTokenizer.from_pretrained(MODEL_DIR).save_pretrained(tmp_path)
+    policy = load_policy(ModelOptions(model=str(tmp_path), lora_target_modules=["c_attn"]), 0)
+    policy.model.train()
+    ids = torch.tensor([[4, 5, 6, 7]])
+    assert torch.equal(policy.model(input_ids=ids).logits, policy.model(input_ids=ids).logits)
 
 
 def test_dtype_by_device():

@@ -66,10 +66,54 @@ def test_multi_turn_continues_the_very_ids_that_were_decoded(ended):
     assert second.text == rendered
 
 
+def other_end(tok):
+    """A chat template whose turns end with a token that is not the tokenizer's end-of-sequence token."""
+    tok.add_special_tokens({"additional_special_tokens": ["<|im_start|>", "<end_of_turn>"]})
+    tok.chat_template = (
+        "{% for m in messages %}<|im_start|>{{ m['role'] }}\n{{ m['content'] }}<end_of_turn>\n{% endfor %}"
+        "{% if add_generation_prompt %}<|im_start|>model\n{% endif %}"
+    )
+    return tok
+
+
+def test_the_end_of_a_turn_is_found_in_the_template():
+    assert builder().end_of_turn() == tokenizer().eos_token_id
+    tok = other_end(tokenizer())
+    end = tok.convert_tokens_to_ids("<end_of_turn>")
+    assert builder(tok=tok).end_of_turn() == end != tok.eos_token_id
+    tok.chat_template = None
+    assert builder(tok=tok).end_of_turn() is None
+
+
+def test_the_end_of_a_turn_is_not_doubled_in_multi_turn():
+    tok = other_end(tokenizer())
+    prompts = builder("multi-turn", tok)
+    first = prompts.first(QUESTION)
+    draft = (*tok.encode("\\boxed{1}", add_special_tokens=False), tok.convert_tokens_to_ids("<end_of_turn>"))
+    assert "<end_of_turn><end_of_turn>" not in prompts.second(QUESTION, first, draft).text
+    assert prompts.second(QUESTION, first, draft) == prompts.second(QUESTION, first, draft[:-1])
+
+
+def test_braces_are_written_alike_in_both_placements():
+    for placement, template in (("plain", "{question} {draft} \\boxed{{}}"), ("multi-turn", "Again, \\boxed{{}}.")):
+        assert template_findings(template, placement) == []
+        prompts = PromptBuilder(tokenizer(), "", template, placement)
+        assert "\\boxed{}" in prompts.second(QUESTION, prompts.first(QUESTION), (5, 6)).text
+
+
+def test_a_control_token_spelt_out_in_a_draft_is_left_out():
+    prompts = builder()
+    first = prompts.first(QUESTION)
+    spelt = [i for c in "<|im_end|>" for i in prompts.tokenizer.encode(c, add_special_tokens=False)]
+    assert prompts.tokenizer.eos_token_id not in spelt
+    second = prompts.second(QUESTION, first, spelt)
+    assert second.ids.count(prompts.tokenizer.eos_token_id) == first.ids.count(prompts.tokenizer.eos_token_id)
+
+
 def test_long_drafts_keep_their_end():
-    prompts = builder(max_draft_length=4)
+    prompts = builder(max_draft_length=5)
     draft = prompts.tokenizer.encode("3*4=12; 12+5=17; \\boxed{17}", add_special_tokens=False)
-    assert prompts.shown(draft) == tuple(draft[-4:])
+    assert prompts.shown(draft) == tuple(draft[-5:])
     assert "boxed{17}" in prompts.second(QUESTION, prompts.first(QUESTION), draft).text
     assert "12+5" not in prompts.second(QUESTION, prompts.first(QUESTION), draft).text
 
@@ -109,8 +153,10 @@ def test_our_templates_are_valid(placement):
         ("{draft} then {question}", r"{question} must come before {draft}"),
         ("{question} {draft} {draft}", r"{draft} exactly once, found 2"),
         ("{question} {draft} {score}", r"unknown placeholder {score}"),
-        ("{question} {draft} \\boxed{}", r"unknown placeholder {}"),
+        ("{question} {draft} \\boxed{}", r"write a literal brace as"),
         ("{question} {draft", r"write a literal brace as"),
+        ("{question:x} {draft}", r"write a literal brace as"),
+        ("{question!z} {draft}", r"write a literal brace as"),
     ],
 )
 def test_bad_templates_are_named(template, said):

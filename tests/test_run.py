@@ -21,6 +21,7 @@ from igrpo_lite.evaluation.intervals import wilson
 from igrpo_lite.settings import load_file as load_settings
 from igrpo_lite.settings import resolve
 from igrpo_lite.training import train
+from igrpo_lite.training.loop import Trainer
 
 SETTINGS = SMALL | {"max_steps": 6, "eval_steps": 3, "save_steps": 2, "save_total_limit": 10}
 
@@ -217,6 +218,46 @@ def test_another_configuration_is_refused_and_nothing_is_lost(tmp_path):
     with pytest.raises(RunFolderError, match=r"learning_rate: 0.001 then, 0.5 now.*\n.*--fresh"):
         train(small_config(output_dir=str(folder), max_steps=1, learning_rate=0.5))
     assert before == {path: path.read_bytes() for path in folder.rglob("*") if path.is_file()}
+
+
+def test_a_run_stopped_by_the_diagnosis_gets_another_chance(tmp_path):
+    """Equal rewards everywhere: nothing to learn. The same command goes on for as many steps again."""
+    reward = tmp_path / "flat.py"
+    reward.write_text("def flat(completions, **columns):\n    return [0.5] * len(completions)\n")
+    settings = {"reward_funcs": [f"{reward}:flat"], "patience_dead": 2, "output_dir": str(tmp_path / "run")}
+    for steps in (2, 4):
+        summary = train(small_config(**settings, max_steps=9))
+        assert (summary["steps"], summary["stopped_by"]) == (steps, "diagnosis")
+    summary = train(small_config(**settings | {"patience_dead": 0}, max_steps=5))
+    assert (summary["steps"], summary["stopped"]) == (5, None)
+
+
+def test_after_is_never_an_older_evaluation(tmp_path, monkeypatch):
+    """A signal in the last step: the evaluation that is due is left to the next start."""
+    folder = str(tmp_path / "run")
+    step = Trainer._step
+
+    def last_step(trainer: Trainer) -> None:
+        step(trainer)
+        if trainer.progress.step == 2:
+            os.kill(os.getpid(), signal.SIGTERM)
+
+    monkeypatch.setattr(Trainer, "_step", last_step)
+    summary = train(small_config(output_dir=folder, max_steps=2))
+    assert (summary["steps"], summary["after"], summary["stopped_by"]) == (2, None, "SIGTERM")
+    monkeypatch.undo()
+    assert train(small_config(output_dir=folder, max_steps=2))["after"]["step"] == 2
+
+
+def test_a_damaged_newer_checkpoint_does_not_crowd_out_sound_ones(tmp_path):
+    settings = SETTINGS | {"output_dir": str(tmp_path / "run"), "save_total_limit": 1, "eval_steps": 100}
+    train(resolve(settings | {"max_steps": 4, "save_total_limit": 2}))
+    damaged = tmp_path / "run" / "checkpoints" / "step-000004" / "random.pt"
+    damaged.write_bytes(b"")
+    for steps in (3, 4):
+        summary = train(resolve(settings | {"max_steps": 6, "max_minutes": 1e-6}))
+        assert summary["steps"] == steps
+    assert train(resolve(settings | {"max_steps": 6}))["steps"] == 6
 
 
 def test_damaged_checkpoints_are_passed_over(tmp_path, capsys):

@@ -7,9 +7,10 @@ import random
 import pytest
 import torch
 from models import FAMILIES, VOCAB, IdTokenizer, make_model, make_policy
+from peft import LoraConfig, get_peft_model
 
 from igrpo_lite.sampling.base import Request, request_seed
-from igrpo_lite.sampling.replica import Replica
+from igrpo_lite.sampling.replica import Replica, can_merge
 from igrpo_lite.sampling.transformers import TransformersSampler
 from igrpo_lite.types import Completion, Prompt
 
@@ -143,6 +144,17 @@ def test_merged_copy_follows_the_adapter_and_leaves_the_base_alone():
     assert all(torch.equal(p, frozen[name]) for name, p in policy.named_parameters() if "lora_" not in name)
 
 
+def test_a_copy_is_merged_only_where_it_gives_the_policys_numbers():
+    assert can_merge(make_policy("llama"))
+    assert not can_merge(make_policy("llama").to(torch.bfloat16))
+    tied = get_peft_model(make_model("qwen2"), LoraConfig(r=2, target_modules=["lm_head", "q_proj"]))
+    assert not can_merge(tied)
+    untied = get_peft_model(make_model("llama"), LoraConfig(r=2, target_modules=["lm_head", "q_proj"]))
+    assert can_merge(untied)
+    embedding = get_peft_model(make_model("llama"), LoraConfig(r=2, target_modules=["embed_tokens"]))
+    assert not can_merge(embedding)
+
+
 def test_training_mode_is_restored():
     policy = make_policy("qwen2").train()
     make_sampler(policy, "shared").run(sampled_requests(make_prompts(1), 1))
@@ -151,6 +163,4 @@ def test_training_mode_is_restored():
 
 def _as_policy(model):
     """A sampler needs a PEFT model; a fresh adapter changes nothing."""
-    from peft import LoraConfig, get_peft_model
-
     return get_peft_model(model, LoraConfig(r=2, target_modules="all-linear")).eval()

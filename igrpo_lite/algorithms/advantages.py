@@ -2,12 +2,22 @@
 
 from __future__ import annotations
 
+import math
+from collections.abc import Sequence
+
 import torch
 from torch import Tensor
+
+from igrpo_lite.types import Score
 
 STD_EPSILON = 1e-4
 """Added to the standard deviation, as TRL does; the paper calls it equivalent. It keeps rewards that differ by noise
 (a judge's 0.700 and 0.701) from being blown up to full advantages."""
+
+
+def reward_tensor(scores: Sequence[Score]) -> Tensor:
+    """Rewards of a group, ``[G]``, with ``nan`` where no reward applied."""
+    return torch.tensor([math.nan if score.reward is None else score.reward for score in scores])
 
 
 def group_advantages(rewards: Tensor, epsilon: float = STD_EPSILON) -> Tensor:

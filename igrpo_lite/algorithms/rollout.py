@@ -147,15 +147,12 @@ class RolloutCollector:
 
     def _requests(self, pending: _Pending, slot: int, stage: Stage, count: int, step: int) -> list[Request]:
         options = self.options
-        temperature = options.temperature
-        if stage == "stage1" and self.two_stage and options.draft_temperature is not None:
-            temperature = options.draft_temperature
         return [
             Request(
                 prompt=pending.prompts[stage],
                 seed=request_seed(self.seed, step, slot, pending.problem.id, stage, index),
                 max_tokens=options.max_completion_length,
-                temperature=temperature,
+                temperature=stage_temperature(options, stage),
                 tag=_Tag(slot, stage, index),
             )
             for index in range(count)
@@ -166,13 +163,18 @@ def stage1_size(options: RolloutOptions) -> int:
     """Completions per problem in stage 1: all of them for GRPO, N for iGRPO."""
     if options.algorithm == "grpo":
         return options.num_generations
-    assert options.num_drafts is not None, "settings.resolve derives it"
-    return options.num_drafts
+    return options.num_drafts or max(1, options.num_generations // 2)
 
 
 def stage2_size(options: RolloutOptions) -> int:
     """Completions per problem in stage 2: none for GRPO, G for iGRPO."""
     return options.num_generations - stage1_size(options)
+
+
+def stage_temperature(options: RolloutOptions, stage: Stage) -> float:
+    """Sampling temperature of a stage; the loss must use the same."""
+    drafts = stage == "stage1" and options.algorithm != "grpo"
+    return options.draft_temperature if drafts and options.draft_temperature is not None else options.temperature
 
 
 def _slot_and_index(request: Request) -> tuple[int, int]:

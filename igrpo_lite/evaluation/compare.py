@@ -11,7 +11,7 @@ from igrpo_lite.errors import DataError
 from igrpo_lite.evaluation.evaluate import Evaluation, evaluate
 from igrpo_lite.evaluation.intervals import PairedChange, paired_change
 from igrpo_lite.policy.loading import load_policy
-from igrpo_lite.policy.prompting import check_context, fitting, prompt_builder
+from igrpo_lite.policy.prompting import check_context, fitting, prompt_builder, stop_ids
 from igrpo_lite.problems.loading import load_problems
 from igrpo_lite.rewards.answers import gold_answer
 from igrpo_lite.sampling.replica import Replica
@@ -58,7 +58,8 @@ def compare(config: RunConfig, adapter: Path | None) -> Comparison:
         )
     check_context(config, prompts, problems)
     policy = load_policy(config, config.seed, adapter)
-    sampler = TransformersSampler(Replica(policy.model), prompts.tokenizer, policy.stop_ids, config.max_num_seqs)
+    ends = stop_ids(policy, prompts)
+    sampler = TransformersSampler(Replica(policy.model), prompts.tokenizer, ends, config.max_num_seqs)
     limit = config.max_completion_length
     adapted = evaluate(problems, sampler, prompts, limit) if adapter is not None else None
     with policy.model.disable_adapter():

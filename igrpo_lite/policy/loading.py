@@ -74,6 +74,7 @@ def load_policy(options: ModelOptions, seed: int, adapter: Path | None = None) -
             "logits that igrpo-lite does not know; please report it with the model's name"
         )
     _set_threads(options, model)
+    _without_dropout(model)
     peft_model = _fresh_adapter(model, options, seed) if adapter is None else _saved_adapter(model, adapter)
     return Policy(peft_model, tokenizer, device, stop_ids(model, tokenizer), context_length(model.config))
 
@@ -225,6 +226,15 @@ def _refuse_unsupported(config: Any, name: str) -> None:
             f"model {name!r}: layers of type {', '.join(sorted(kinds))} keep a recurrent state, which the plain "
             "sampler cannot share between rollouts; use a model with attention layers only"
         )
+
+
+def _without_dropout(model: nn.Module) -> None:
+    """The objective compares the policy with itself when it sampled; noise in between would be taken for change."""
+    for module in model.modules():
+        if isinstance(module, nn.Dropout):
+            module.p = 0.0
+        if isinstance(getattr(module, "attention_dropout", None), float):
+            module.attention_dropout = 0.0  # type: ignore[assignment]
 
 
 def _set_threads(options: ModelOptions, model: nn.Module) -> None:

@@ -91,7 +91,7 @@ def shared_prefix(
     rest = backbone(
         input_ids=tokens[:, :-1],
         position_ids=position.expand(batch, -1),
-        attention_mask=seen.expand(batch, 1, -1, -1),
+        attention_mask=seen[None, None],  # one for all rows: it is kept for the backward pass in every layer
         past_key_values=cache,
         use_cache=True,
     ).last_hidden_state

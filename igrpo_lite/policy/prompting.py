@@ -6,7 +6,7 @@ from collections.abc import Sequence
 
 from igrpo_lite.config import PromptOptions, RunConfig
 from igrpo_lite.errors import ConfigError
-from igrpo_lite.policy.loading import load_tokenizer, read_context_length
+from igrpo_lite.policy.loading import Policy, load_tokenizer, read_context_length
 from igrpo_lite.prompts import STAGE2_TEMPLATES, SYSTEM_PROMPTS, PromptBuilder, read_text_or_file
 from igrpo_lite.types import Problem
 
@@ -20,6 +20,12 @@ def prompt_builder(config: RunConfig) -> PromptBuilder:
         config.draft_placement,
         config.max_draft_length,
     )
+
+
+def stop_ids(policy: Policy, prompts: PromptBuilder) -> tuple[int, ...]:
+    """Token ids that end a completion: the model's own, and the one that ends a turn in its chat template."""
+    end = prompts.end_of_turn()
+    return policy.stop_ids if end is None else tuple(sorted({*policy.stop_ids, end}))
 
 
 def system_prompt(options: PromptOptions) -> str:

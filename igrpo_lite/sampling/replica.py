@@ -19,6 +19,22 @@ MERGED_COPY_LIMIT = 128 * 2**20
 """Bytes of parameters up to which ``auto`` keeps a merged copy."""
 
 
+def can_merge(policy: PeftModel) -> bool:
+    """Whether a merged copy is small and gives the policy's own numbers.
+
+    Float32 only: rounded to bfloat16, most of a young adapter would vanish in the weights it is added to. Linear layers
+    with weights of their own only: in a tied head the adapter would also change the embedding.
+    """
+    parameters = list(policy.parameters())
+    if any(p.dtype != torch.float32 for p in parameters):
+        return False
+    if sum(p.numel() * p.element_size() for p in parameters) > MERGED_COPY_LIMIT:
+        return False
+    embeddings = {id(module.weight) for module in policy.modules() if isinstance(module, nn.Embedding)}
+    bases = [module.get_base_layer() for module in policy.modules() if isinstance(module, LoraLayer)]
+    return all(isinstance(base, nn.Linear) and id(base.weight) not in embeddings for base in bases)
+
+
 class Replica:
     """Follows a PEFT model for sampling.
 
@@ -28,16 +44,14 @@ class Replica:
     Args:
         policy: the model being trained.
         kind: ``merged`` keeps a copy with the adapter added in, ``shared`` runs the policy itself; ``auto`` takes the
-            copy for unquantised models of up to :data:`MERGED_COPY_LIMIT` bytes.
+            copy where :func:`can_merge` allows it.
     """
 
     def __init__(self, policy: PeftModel, kind: Literal["auto", "merged", "shared"] = "auto") -> None:
         self.policy = policy
         self.device = next(policy.parameters()).device
         if kind == "auto":
-            size = sum(p.numel() * p.element_size() for p in policy.parameters())
-            floating = all(p.is_floating_point() for p in policy.parameters())
-            kind = "merged" if size <= MERGED_COPY_LIMIT and floating else "shared"
+            kind = "merged" if can_merge(policy) else "shared"
         self.kind = kind
         self._copy: nn.Module | None = None
         self._merges: list[tuple[LoraLayer, nn.Linear]] = []

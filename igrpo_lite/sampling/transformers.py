@@ -113,12 +113,8 @@ class _Run:
 
     def prefill(self, requests: Sequence[Request]) -> None:
         """Keys, values and last logits of every prompt that is not held yet, right-padded, in bounded chunks."""
-        longest: dict[tuple[int, ...], int] = {}
-        for request in (*requests, *self.waiting):
-            ids = request.prompt.ids
-            longest[ids] = max(longest.get(ids, 0), len(ids) + request.max_tokens)
+        reserve = max(len(request.prompt.ids) + request.max_tokens for request in (*requests, *self.waiting))
         prompts = sorted({request.prompt.ids for request in requests} - self.prefixes.keys(), key=len)
-        reserve = max(longest.values())
         while prompts:
             rows = max(1, _PREFILL_TOKENS // len(prompts[-1]))
             chunk, prompts = prompts[:rows], prompts[rows:]

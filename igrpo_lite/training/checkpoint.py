@@ -62,7 +62,7 @@ class Checkpoints:
         try:
             shutil.rmtree(temporary, ignore_errors=True)
             temporary.mkdir(parents=True)
-            save_file(_on_cpu(get_peft_model_state_dict(policy.model)), temporary / "adapter.safetensors")
+            save_file(_on_cpu(_adapter_state(policy)), temporary / "adapter.safetensors")
             torch.save(optimizer.state_dict(), temporary / "optimizer.pt")
             torch.save(_random_state(), temporary / "random.pt")
             (temporary / "state.json").write_text(json.dumps(state), encoding="utf-8")
@@ -79,7 +79,9 @@ class Checkpoints:
                 f"checkpoint of step {step} could not be written to {self.folder}: {error}; {last}. "
                 "Make room and run the same command again"
             ) from error
-        for old in self.steps()[: -self.keep]:
+        # What is newer was damaged, or this run would have started from it.
+        older = [kept for kept in self.steps() if kept <= step]
+        for old in {*self.steps()} - {*older[-self.keep :]}:
             shutil.rmtree(self.folder / f"step-{old:06d}", ignore_errors=True)
         return final
 
@@ -95,7 +97,7 @@ class Checkpoints:
             RunFolderError: there are checkpoints and none is sound.
         """
         for aside in self.folder.glob(".old-step-*"):
-            _take_back(self.folder / aside.name.removeprefix(".old-"))
+            take_back(self.folder / aside.name.removeprefix(".old-"))
         damaged: list[str] = []
         for step in reversed(self.steps()):
             path = self.folder / f"step-{step:06d}"
@@ -121,8 +123,10 @@ def save_adapter(policy: Policy, folder: Path) -> None:
     temporary = folder.with_name(f".tmp-{folder.name}")
     shutil.rmtree(temporary, ignore_errors=True)
     try:
-        policy.model.save_pretrained(temporary)
+        policy.model.save_pretrained(temporary, save_embedding_layers=False)
         policy.tokenizer.save_pretrained(temporary)
+        for file in temporary.iterdir():
+            _flush(file)
         _put_in_place(temporary, folder)
     except _DISK as error:
         shutil.rmtree(temporary, ignore_errors=True)
@@ -131,8 +135,13 @@ def save_adapter(policy: Policy, folder: Path) -> None:
         ) from error
 
 
+def _adapter_state(policy: Policy) -> dict[str, torch.Tensor]:
+    # Left to itself, PEFT asks the hub at every save whether the vocabulary has grown.
+    return get_peft_model_state_dict(policy.model, save_embedding_layers=False)
+
+
 def _put_in_place(complete: Path, final: Path) -> None:
-    """Give a complete folder its name; what had it is deleted last (:func:`_take_back` mends half of this)."""
+    """Give a complete folder its name; what had it is deleted last (:func:`take_back` mends half of this)."""
     aside = final.with_name(f".old-{final.name}")
     shutil.rmtree(aside, ignore_errors=True)
     if final.exists():
@@ -142,7 +151,8 @@ def _put_in_place(complete: Path, final: Path) -> None:
     shutil.rmtree(aside, ignore_errors=True)
 
 
-def _take_back(final: Path) -> None:
+def take_back(final: Path) -> None:
+    """Give a folder its name back if a crash came between setting it aside and naming its successor."""
     aside = final.with_name(f".old-{final.name}")
     if aside.exists() and not final.exists():
         aside.rename(final)

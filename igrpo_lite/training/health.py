@@ -12,6 +12,7 @@ from dataclasses import dataclass
 from statistics import fmean, pvariance
 from typing import Any, Literal, TypeGuard
 
+from igrpo_lite.algorithms.rollout import stage1_size, stage2_size
 from igrpo_lite.config import RunConfig
 
 SILENT_STEPS = 20
@@ -49,7 +50,8 @@ class Health:
 
     def __init__(self, config: RunConfig) -> None:
         self._config = config
-        self._groups = _group_sizes(config)
+        sizes = {"stage1": stage1_size(config), "stage2": stage2_size(config)}
+        self._groups = {stage: size for stage, size in sizes.items() if size}
         self._learning = _LEARNING[config.algorithm]
         self._history: list[dict[str, Any]] = []
         self._constant: dict[str, dict[str, Any]] = {}
@@ -69,6 +71,10 @@ class Health:
         new = [finding for finding in self._findings() if finding.level == "stop" or self._due(finding.code)]
         self._told.update({finding.code: metrics["step"] for finding in new})
         return new
+
+    def forgive(self) -> None:
+        """Count dead steps anew: a run that was stopped for them and started again gets another chance."""
+        self._dead = 0
 
     def dead(self) -> str | None:
         """Why the run should stop, once `patience_dead` steps in a row gave no learning signal."""
@@ -277,7 +283,7 @@ class Health:
         else:
             return
         text = f"The adapter does not learn: {seen}. Check that --lora-target-modules names modules that the model uses"
-        yield Finding("frozen", "warning", f"{text}, and that --dtype is not float16 without need.")
+        yield Finding("frozen", "warning", f"{text}.")
 
     def _hacked(self) -> Iterator[Finding]:
         for stage in self._learning:
@@ -355,16 +361,6 @@ class Health:
 
     def _called(self, stage: str) -> str:
         return "completions" if len(self._groups) == 1 else {"stage1": "drafts", "stage2": "refinements"}[stage]
-
-
-def _group_sizes(config: RunConfig) -> dict[str, int]:
-    total = config.num_generations
-    if config.algorithm == "grpo":
-        return {"stage1": total}
-    drafts, refinements = config.num_drafts, config.num_refinements
-    if drafts is None:
-        drafts = total // 2 if refinements is None else total - refinements
-    return {"stage1": drafts, "stage2": total - drafts if refinements is None else refinements}
 
 
 def _kept(metrics: Mapping[str, Any]) -> dict[str, Any]:

@@ -17,7 +17,7 @@ from igrpo_lite.report.screen import EvaluationName, Screen
 from igrpo_lite.report.trackers import Trackers
 from igrpo_lite.rewards.custom import in_short
 from igrpo_lite.rewards.scorer import Calls
-from igrpo_lite.training.checkpoint import Checkpoints, restore, save_adapter
+from igrpo_lite.training.checkpoint import Checkpoints, restore, save_adapter, take_back
 from igrpo_lite.training.health import Health
 from igrpo_lite.training.interrupt import Interrupt
 from igrpo_lite.training.metrics import step_metrics
@@ -153,9 +153,10 @@ class Trainer:
         times = self.progress.clock(evaluation=evaluation.seconds)
         self.metrics.append({"kind": "evaluation"} | result | {"time": times})
         self.trackers.log({f"eval/{key}": value for key, value in result.items() if key != "step"}, self.progress.step)
+        self._saved_step = None
         if self.progress.add_evaluation(result):
             save_adapter(self.parts.policy, self.folder.best)
-        self._saved_step = None
+            self._save()  # so that ``best`` and what a resumed run knows of it never part for long
         self.screen.evaluation(self._name(self.progress.step), result | {"seconds": evaluation.seconds})
 
     def _name(self, step: int) -> EvaluationName:
@@ -171,6 +172,8 @@ class Trainer:
         self.progress.clock(saving=time.perf_counter() - started)
 
     def _resume(self) -> None:
+        for folder in (self.folder.best, self.folder.adapter):
+            take_back(folder)
         found = self.checkpoints.latest()
         if found is not None:
             fingerprint = self.progress.fingerprint
@@ -181,6 +184,8 @@ class Trainer:
                     "restore them, or use --fresh to start over"
                 )
             self.health.load_state(self.progress.health)
+            if self.health.dead() is not None:
+                self.health.forgive()
             failures = {name: Calls(**calls) for name, calls in self.progress.reward_failures.items()}
             self.parts.scorer.failures.update(failures)
             self.parts.sampler.load_adapter()

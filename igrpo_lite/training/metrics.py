@@ -6,9 +6,7 @@ from collections import Counter
 from collections.abc import Sequence
 from typing import Any
 
-import torch
-
-from igrpo_lite.algorithms.advantages import has_signal
+from igrpo_lite.algorithms.advantages import has_signal, reward_tensor
 from igrpo_lite.algorithms.rollout import Rollout
 from igrpo_lite.prompts import PromptBuilder
 from igrpo_lite.training.update import UpdateStats
@@ -48,7 +46,7 @@ def _stage(stage: str, groups: Sequence[Group]) -> dict[str, Any]:
         "accuracy": _mean([score.reason == "correct" for score in scores]),
         "truncated": _mean([completion.truncated for completion in completions]),
         "length": _mean([len(completion.ids) for completion in completions]),
-        "informative": _mean([has_signal(_rewards(group)) for group in groups]),
+        "informative": _mean([has_signal(reward_tensor(group.scores)) for group in groups]),
         "all_right": _mean([all(row) for row in right]),
         "all_wrong": _mean([not any(row) for row in right]),
         "reasons": dict(sorted(Counter(score.reason for score in scores).items())),
@@ -73,6 +71,8 @@ def _choice(rollouts: Sequence[Rollout], prompts: PromptBuilder) -> dict[str, An
 def _refinement(rollouts: Sequence[Rollout]) -> dict[str, Any]:
     copied, fixed, broke = [], [], []
     for rollout in rollouts:
+        if rollout.choice is None or not rollout.choice.shown:
+            continue
         draft, score, group = rollout.draft, rollout.draft_score, rollout.stage2
         assert draft is not None
         assert score is not None
@@ -84,10 +84,6 @@ def _refinement(rollouts: Sequence[Rollout]) -> dict[str, Any]:
         else:
             fixed += right
     return {"stage2/copied": _mean(copied), "stage2/fixed": _mean(fixed), "stage2/broke": _mean(broke)}
-
-
-def _rewards(group: Group) -> torch.Tensor:
-    return torch.tensor([float("nan") if s.reward is None else s.reward for s in group.scores])
 
 
 def _mean(values: Sequence[Any]) -> float | None:

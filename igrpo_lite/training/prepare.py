@@ -3,13 +3,14 @@
 from __future__ import annotations
 
 import hashlib
+import json
 from dataclasses import dataclass
 
 from igrpo_lite.algorithms.rollout import stage2_size
 from igrpo_lite.config import RunConfig
 from igrpo_lite.errors import DataError
 from igrpo_lite.policy.loading import Policy, load_policy
-from igrpo_lite.policy.prompting import check_context, fitting, prompt_builder
+from igrpo_lite.policy.prompting import check_context, fitting, prompt_builder, stop_ids
 from igrpo_lite.problems.loading import load_problems
 from igrpo_lite.prompts import PromptBuilder
 from igrpo_lite.rewards.answers import gold_answer
@@ -36,7 +37,8 @@ class Prepared:
         """Hash of the problems in use: a resumed run must see the same ones."""
         digest = hashlib.sha256()
         for problem in (*self.train, *self.held_out):
-            digest.update(f"{problem.id}\x1f{problem.question}\x1f{problem.answer}\x1e".encode())
+            columns = json.dumps(dict(problem.columns), sort_keys=True, default=str)  # users' rewards read them
+            digest.update(f"{problem.id}\x1f{problem.question}\x1f{problem.answer}\x1f{columns}\x1e".encode())
         return digest.hexdigest()
 
 
@@ -64,7 +66,8 @@ def prepare(config: RunConfig) -> Prepared:
         if config.gradient_checkpointing:
             policy.model.gradient_checkpointing_enable()
             policy.model.enable_input_require_grads()
-        sampler = TransformersSampler(Replica(policy.model), prompts.tokenizer, policy.stop_ids, config.max_num_seqs)
+        ends = stop_ids(policy, prompts)
+        sampler = TransformersSampler(Replica(policy.model), prompts.tokenizer, ends, config.max_num_seqs)
     except BaseException:
         scorer.close()
         raise

@@ -58,11 +58,12 @@ def _summary(
     config: RunConfig, folder: RunFolder, trainer: Trainer, stop: Stop | None, loading: float
 ) -> dict[str, Any]:
     progress = trainer.progress
-    finished = progress.step >= config.max_steps
+    last = progress.evaluations[-1] if progress.evaluations else None
+    finished = last is not None and last["step"] == progress.step >= config.max_steps
     best = progress.best
     return {
         "before": progress.evaluations[0] if progress.evaluations else None,
-        "after": progress.evaluations[-1] if finished else None,
+        "after": last if finished else None,
         "best": best,
         "evaluations": len(progress.evaluations),
         "algorithm": config.algorithm,

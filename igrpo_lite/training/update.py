@@ -9,9 +9,9 @@ from dataclasses import dataclass, field
 import torch
 from torch import Tensor
 
-from igrpo_lite.algorithms.advantages import group_advantages
+from igrpo_lite.algorithms.advantages import group_advantages, reward_tensor
 from igrpo_lite.algorithms.objectives import clipped_token_loss, sequence_mean
-from igrpo_lite.algorithms.rollout import Rollout
+from igrpo_lite.algorithms.rollout import Rollout, stage_temperature
 from igrpo_lite.config import RunConfig
 from igrpo_lite.policy.loading import Policy
 from igrpo_lite.policy.logprobs import best_layout, completion_logprobs, shared_prefix
@@ -81,8 +81,12 @@ class PolicyUpdate:
             return stats
         for group in self.optimizer.param_groups:
             group["lr"] = learning_rate
-        self.policy.model.train()
+        # Dropout, where a model has any, must be off: the sampling policy had none. Recomputing activations is the one
+        # thing that asks for training mode; loading takes the dropout out for it.
+        self.policy.model.train(self.config.gradient_checkpointing)
+        passes = 0
         for iteration in range(self.config.num_iterations):
+            passes += 1
             self.optimizer.zero_grad(set_to_none=True)
             loss = sum(self._backward(batch, num_sequences, stats, iteration) for batch in batches)
             norm = float(torch.nn.utils.clip_grad_norm_(self.parameters, self.config.max_grad_norm))
@@ -95,8 +99,8 @@ class PolicyUpdate:
         self.optimizer.zero_grad(set_to_none=True)
         tokens = max(1, stats.learning_tokens)
         stats.entropy = stats._sums["entropy"] / tokens
-        stats.clip_ratio = stats._sums["clipped"] / (tokens * self.config.num_iterations)
-        stats.kl = stats._sums["kl"] / (tokens * self.config.num_iterations) if self.config.beta else None
+        stats.clip_ratio = stats._sums["clipped"] / (tokens * passes)
+        stats.kl = stats._sums["kl"] / (tokens * passes) if self.config.beta else None
         return stats
 
     def _backward(self, batch: MicroBatch, num_sequences: int, stats: UpdateStats, iteration: int) -> float:
@@ -142,16 +146,13 @@ class PolicyUpdate:
     def _micro_batches(self, groups: Sequence[Group]) -> Iterator[MicroBatch]:
         config = self.config
         for group in groups:
-            rewards = torch.tensor([math.nan if s.reward is None else s.reward for s in group.scores])
-            advantages = group_advantages(rewards).tolist()
+            advantages = group_advantages(reward_tensor(group.scores)).tolist()
             rows = [
                 (completion, advantage)
                 for completion, advantage in zip(group.completions, advantages, strict=True)
                 if (advantage or config.beta) and not (config.mask_truncated_completions and completion.truncated)
             ]
-            temperature = config.temperature
-            if group.stage == "stage1" and config.algorithm != "grpo" and config.draft_temperature is not None:
-                temperature = config.draft_temperature
+            temperature = stage_temperature(config, group.stage)
             rows.sort(key=lambda row: len(row[0].ids))  # similar lengths together: little padding
             while rows:
                 count = self._fitting(len(group.prompt.ids), [len(c.ids) for c, _ in rows])
