@@ -82,7 +82,8 @@ def complaints(app: App, words: Sequence[str], unused: Sequence[str], given: Map
             found.append(f"unknown flag {name}; {advice}")
         elif not found:  # a word after an unknown flag is most likely its value
             found.append(f"unexpected {word!r}; see {verb} --help")
-    return found + examined(given.get("config"), {name: given[name] for name in given if name in FIELDS})[1]
+    config, bad = examined(given.get("config"), {name: given[name] for name in given if name in FIELDS})
+    return found + bad + preflight(config)
 
 
 def _known(app: App, words: Sequence[str]) -> tuple[str, list[str]]:
