@@ -132,3 +132,18 @@ def test_bugs_keep_their_traceback(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr("igrpo_lite.cli.recipes.ls", stop)
     with pytest.raises(ZeroDivisionError):
         app.run(["recipes", "ls"])
+
+
+@pytest.mark.parametrize(
+    "words",
+    [
+        ["--reward-funcs", "accuracy", "format", "--max-steps", "7"],
+        ["--reward-funcs", "accuracy,format", "--max-steps", "7"],
+        ["--reward-funcs", "accuracy", "--max-steps", "7", "--reward-funcs", "format"],
+    ],
+)
+def test_lists_are_written_as_in_other_trainers(words: list[str], capsys: pytest.CaptureFixture[str]) -> None:
+    assert app.run(["train", *words, "--dump-config"]) == 0
+    output = capsys.readouterr().out
+    assert "reward_funcs: [accuracy, format]" in output
+    assert "max_steps: 7" in output

@@ -108,6 +108,7 @@ def _flag(name: str) -> inspect.Parameter:
         metavar="CHOICE" if few else None if bare is bool else item_type(field).upper(),
         n_tokens=None if bare is bool else 1,
         negative_iterable=(),
+        consume_multiple=is_list(field),
     )
     kind: Any = bool if bare is bool else list[str] if is_list(field) else str
     annotation = Annotated[kind | None, parameter]
