@@ -235,17 +235,18 @@ def test_everything_comes_at_once_and_before_torch(tmp_path: Path) -> None:
     assert done.stdout.split() == ["2", "2", "False", "False"], done.stderr
     lines = done.stderr.splitlines()
     assert all(line.startswith("error: ") for line in lines)
+    for words in ("unknown flag --nope", "num_refinements: must be at least 2"):
+        assert sum(words in line for line in lines) == 1, done.stderr
     for words in (
-        "unknown flag --nope",
-        "num_refinements: must be at least 2",
+        "max_step; did you mean max_steps?",
+        "dtype: must be one of",
+        "temperature: must be",
         "model: no such folder",
         "data: none.jsonl: no such file",
         "did you mean accuracy?",
         "must contain {draft} exactly once",
         "report_to: trackio needs a package",
     ):
-        assert sum(words in line for line in lines) == 1, done.stderr
-    for words in ("max_step; did you mean max_steps?", "dtype: must be one of", "temperature: must be"):
         assert sum(words in line for line in lines) == 2, "in both commands"
 
 
