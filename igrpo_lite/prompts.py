@@ -149,13 +149,13 @@ class PromptBuilder:
         ids = first.ids + draft_ids + tail
         return Prompt(self.tokenizer.decode(ids), ids)
 
-    def end_of_turn(self) -> int | None:
-        """The control token that closes the assistant's turn in the chat template, if one does.
+    def end_of_turn(self) -> tuple[int, ...]:
+        """The control token that closes the assistant's turn in the chat template, if one does; else nothing.
 
         It need not be the tokenizer's end-of-sequence token, and a model trained on the template ends with it.
         """
         tail = self._after_answer("?")
-        return tail[0] if tail and tail[0] in self.tokenizer.all_special_ids else None
+        return tail[:1] if tail and tail[0] in self.tokenizer.all_special_ids else ()
 
     def _after_answer(self, next_turn: str) -> tuple[int, ...]:
         """Ids that follow the assistant's text when the user speaks again: end of turn, user's turn, a new start."""

@@ -3,7 +3,8 @@
 from __future__ import annotations
 
 import os
-from collections.abc import Callable
+import textwrap
+from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
 
@@ -13,8 +14,11 @@ os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
 import pytest
 import torch
 from bad_parts import SMALL
+from reward_parts import Make
 
 from igrpo_lite.cli import main
+from igrpo_lite.config import RewardOptions
+from igrpo_lite.rewards.scorer import Scorer
 
 torch.set_num_threads(1)
 
@@ -53,3 +57,21 @@ def refused(say: Callable[..., tuple[int, list[str], str]]) -> Callable[..., str
         return "\n".join(lines)
 
     return mistaken
+
+
+@pytest.fixture
+def make(tmp_path: Path) -> Iterator[Make]:
+    """Writes a reward file and makes a scorer of its functions (and of built-in ones, given by name)."""
+    scorers: list[Scorer] = []
+
+    def build(source: str, *names: str, timeout: float = 20.0, weights: list[float] | None = None) -> Scorer:
+        path = tmp_path / "mine.py"
+        path.write_text(textwrap.dedent(source), encoding="utf-8")
+        specs = [name if name in ("accuracy", "format") else f"{path}:{name}" for name in names or ("reward",)]
+        options = RewardOptions(reward_funcs=specs, reward_weights=weights, reward_timeout=timeout)
+        scorers.append(Scorer(options, "boxed"))
+        return scorers[-1]
+
+    yield build
+    for scorer in scorers:
+        scorer.close()

@@ -77,12 +77,12 @@ def other_end(tok):
 
 
 def test_the_end_of_a_turn_is_found_in_the_template():
-    assert builder().end_of_turn() == tokenizer().eos_token_id
+    assert builder().end_of_turn() == (tokenizer().eos_token_id,)
     tok = other_end(tokenizer())
     end = tok.convert_tokens_to_ids("<end_of_turn>")
-    assert builder(tok=tok).end_of_turn() == end != tok.eos_token_id
+    assert builder(tok=tok).end_of_turn() == (end,) != (tok.eos_token_id,)
     tok.chat_template = None
-    assert builder(tok=tok).end_of_turn() is None
+    assert builder(tok=tok).end_of_turn() == ()
 
 
 def test_the_end_of_a_turn_is_not_doubled_in_multi_turn():

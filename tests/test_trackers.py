@@ -6,7 +6,6 @@ import json
 import os
 import subprocess
 import sys
-from importlib.util import find_spec
 from pathlib import Path
 
 import pytest
@@ -44,7 +43,6 @@ def test_a_missing_tracker_is_found_before_anything_starts(tmp_path: Path) -> No
         Trackers(["nowhere"], tmp_path, "run", {})
 
 
-@pytest.mark.skipif(find_spec("tensorboard") is None, reason="tensorboard is not installed")
 def test_tensorboard_gets_the_numbers(tmp_path: Path) -> None:
     code = (
         "import json; from pathlib import Path; from igrpo_lite.report.trackers import Trackers;"

@@ -11,11 +11,10 @@ from igrpo_lite.errors import DataError
 from igrpo_lite.evaluation.evaluate import Evaluation, evaluate
 from igrpo_lite.evaluation.intervals import PairedChange, paired_change
 from igrpo_lite.policy.loading import load_policy
-from igrpo_lite.policy.prompting import check_context, fitting, prompt_builder, stop_ids
+from igrpo_lite.policy.prompting import check_context, fitting, prompt_builder
 from igrpo_lite.problems.loading import load_problems
 from igrpo_lite.rewards.answers import gold_answer
-from igrpo_lite.sampling.replica import Replica
-from igrpo_lite.sampling.transformers import TransformersSampler
+from igrpo_lite.sampling.transformers import make_sampler
 
 
 @dataclass(frozen=True, slots=True)
@@ -50,16 +49,15 @@ def compare(config: RunConfig, adapter: Path | None) -> Comparison:
     """
     problems = load_problems(config, config.seed, gold_answer).held_out
     prompts = prompt_builder(config)
-    problems, dropped = fitting(problems, prompts, config.max_prompt_length)
-    if not problems:
+    problems, dropped, longest = fitting(problems, prompts, config.max_prompt_length)
+    if longest is None:
         raise DataError(
             f"all {dropped} held-out prompts are longer than max_prompt_length = {config.max_prompt_length} tokens; "
             "raise --max-prompt-length"
         )
-    check_context(config, prompts, problems)
+    check_context(config, prompts, longest)
     policy = load_policy(config, config.seed, adapter)
-    ends = stop_ids(policy, prompts)
-    sampler = TransformersSampler(Replica(policy.model), prompts.tokenizer, ends, config.max_num_seqs)
+    sampler = make_sampler(policy, prompts, config.max_num_seqs)
     limit = config.max_completion_length
     adapted = evaluate(problems, sampler, prompts, limit) if adapter is not None else None
     with policy.model.disable_adapter():

@@ -39,7 +39,7 @@ def split_heads(model: PreTrainedModel) -> tuple[nn.Module, Head]:
 @torch.no_grad()
 def is_causal(model: PreTrainedModel) -> bool:
     """Whether no position sees a later one: models like BERT load as language models and are none that can sample."""
-    ids = torch.arange(3, 11, device=next(model.parameters()).device)[None] % model.config.get_text_config().vocab_size
+    ids = _probe(model)
     other = ids.clone()
     other[0, -1] = ids[0, 0]
     first, second = (model(input_ids=row, use_cache=False).logits[:, :-1].float() for row in (ids, other))
@@ -50,7 +50,13 @@ def is_causal(model: PreTrainedModel) -> bool:
 def check_split(model: PreTrainedModel) -> bool:
     """Whether backbone and head together give the model's own logits on a short probe."""
     backbone, head = split_heads(model)
-    ids = torch.arange(3, 11, device=next(model.parameters()).device)[None] % model.config.get_text_config().vocab_size
+    ids = _probe(model)
     ours = head(backbone(input_ids=ids, use_cache=False).last_hidden_state)
     theirs = model(input_ids=ids, use_cache=False).logits.float()
     return bool(torch.allclose(ours, theirs, rtol=1e-3, atol=1e-3 * float(theirs.abs().max())))
+
+
+def _probe(model: PreTrainedModel) -> Tensor:
+    """A few token ids, ``[1, 8]``, that any vocabulary has."""
+    vocabulary = model.config.get_text_config().vocab_size
+    return torch.arange(3, 11, device=next(model.parameters()).device)[None] % vocabulary

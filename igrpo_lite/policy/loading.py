@@ -38,14 +38,12 @@ class Policy:
     Attributes:
         model: PEFT model; only adapter tensors have ``requires_grad``.
         stop_ids: token ids that end a completion.
-        context_length: tokens of prompt and completion together that the model was made for.
     """
 
     model: PeftModel
     tokenizer: PreTrainedTokenizerBase
     device: torch.device
     stop_ids: tuple[int, ...]
-    context_length: int
 
     def adapter_parameters(self) -> Iterator[tuple[str, nn.Parameter]]:
         return ((name, p) for name, p in self.model.named_parameters() if p.requires_grad)
@@ -76,7 +74,7 @@ def load_policy(options: ModelOptions, seed: int, adapter: Path | None = None) -
     _set_threads(options, model)
     _without_dropout(model)
     peft_model = _fresh_adapter(model, options, seed) if adapter is None else _saved_adapter(model, adapter)
-    return Policy(peft_model, tokenizer, device, stop_ids(model, tokenizer), context_length(model.config))
+    return Policy(peft_model, tokenizer, device, stop_ids(model, tokenizer))
 
 
 def _fresh_adapter(model: Any, options: ModelOptions, seed: int) -> PeftModel:
@@ -154,13 +152,13 @@ def stop_ids(model: nn.Module, tokenizer: PreTrainedTokenizerBase) -> tuple[int,
     return tuple(sorted({*listed, tokenizer.eos_token_id}))
 
 
-def context_length(config: Any) -> int:
-    return int(getattr(config.get_text_config(), "max_position_embeddings", 0) or 2**31)
-
-
 def read_context_length(options: ModelOptions) -> int:
-    """The model's context length from its configuration alone; raises :class:`ModelError` where there is none."""
-    return context_length(_read_config(options))
+    """Tokens of prompt and completion together that the model was made for, from its configuration alone.
+
+    Raises :class:`ModelError` where there is none.
+    """
+    text = _read_config(options).get_text_config()
+    return int(getattr(text, "max_position_embeddings", 0) or 2**31)
 
 
 def _load_model(path: str, options: ModelOptions, dtype: torch.dtype) -> Any:

@@ -3,10 +3,11 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
+from typing import NamedTuple
 
 from igrpo_lite.config import PromptOptions, RunConfig
 from igrpo_lite.errors import ConfigError
-from igrpo_lite.policy.loading import Policy, load_tokenizer, read_context_length
+from igrpo_lite.policy.loading import load_tokenizer, read_context_length
 from igrpo_lite.prompts import STAGE2_TEMPLATES, SYSTEM_PROMPTS, PromptBuilder, read_text_or_file
 from igrpo_lite.types import Problem
 
@@ -22,18 +23,11 @@ def prompt_builder(config: RunConfig) -> PromptBuilder:
     )
 
 
-def stop_ids(policy: Policy, prompts: PromptBuilder) -> tuple[int, ...]:
-    """Token ids that end a completion: the model's own, and the one that ends a turn in its chat template."""
-    end = prompts.end_of_turn()
-    return policy.stop_ids if end is None else tuple(sorted({*policy.stop_ids, end}))
-
-
 def system_prompt(options: PromptOptions) -> str:
-    return (
-        SYSTEM_PROMPTS[options.answer_style]
-        if options.system_prompt is None
-        else read_text_or_file(options.system_prompt)
-    )
+    """The instruction in every prompt: the user's text or file, or ours for the answer style."""
+    if options.system_prompt is None:
+        return SYSTEM_PROMPTS[options.answer_style]
+    return read_text_or_file(options.system_prompt)
 
 
 def stage2_template(options: PromptOptions) -> str:
@@ -43,23 +37,32 @@ def stage2_template(options: PromptOptions) -> str:
     return read_text_or_file(options.stage2_template)
 
 
-def fitting(problems: Sequence[Problem], prompts: PromptBuilder, limit: int) -> tuple[list[Problem], int]:
-    """Problems whose prompt has at most ``limit`` tokens, and how many have more."""
-    kept = [problem for problem in problems if len(prompts.first(problem.question).ids) <= limit]
-    return kept, len(problems) - len(kept)
+class Fitting(NamedTuple):
+    """Problems whose prompt is within the limit, how many have a longer one, and the kept one with the longest."""
+
+    kept: list[Problem]
+    dropped: int
+    longest: Problem | None
 
 
-def check_context(config: RunConfig, prompts: PromptBuilder, problems: Sequence[Problem]) -> None:
-    """Refuse a run whose longest prompt, draft and completion together exceed the model's context.
+def fitting(problems: Sequence[Problem], prompts: PromptBuilder, limit: int) -> Fitting:
+    """Sort out the problems whose prompt has more than ``limit`` tokens."""
+    lengths = [len(prompts.first(problem.question).ids) for problem in problems]
+    kept = [(length, problem) for length, problem in zip(lengths, problems, strict=True) if length <= limit]
+    longest = max(kept, key=lambda pair: pair[0], default=(0, None))[1]
+    return Fitting([problem for _, problem in kept], len(problems) - len(kept), longest)
+
+
+def check_context(config: RunConfig, prompts: PromptBuilder, longest: Problem) -> None:
+    """Refuse a run in which the longest prompt, draft and completion together exceed the model's context.
 
     Raises:
         ConfigError: with the sum, and the setting to lower.
     """
     context = read_context_length(config)
-    question = max((problem.question for problem in problems), key=lambda q: len(prompts.first(q).ids))
-    first = prompts.first(question)
+    first = prompts.first(longest.question)
     # Evaluation refines with its own draft whatever the algorithm, so the draft counts for GRPO too.
-    prompt = len(prompts.second(question, first, ()).ids)
+    prompt = len(prompts.second(longest.question, first, ()).ids)
     draft = min(config.max_completion_length, config.max_draft_length or config.max_completion_length)
     needed = prompt + draft + config.max_completion_length
     if needed > context:

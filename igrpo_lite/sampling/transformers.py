@@ -18,6 +18,8 @@ from torch.nn.functional import pad
 from transformers import DynamicCache, PreTrainedModel, PreTrainedTokenizerBase
 
 from igrpo_lite.policy.heads import split_heads
+from igrpo_lite.policy.loading import Policy
+from igrpo_lite.prompts import PromptBuilder
 from igrpo_lite.sampling.base import OnFinished, Request
 from igrpo_lite.sampling.replica import Replica
 from igrpo_lite.sampling.slots import PrefixKV, SlotCache
@@ -59,6 +61,12 @@ class TransformersSampler:
     def run(self, requests: Sequence[Request], on_finished: OnFinished | None = None) -> list[Completion]:
         with self.replica as model:
             return _Run(self, model, on_finished).drain(requests)
+
+
+def make_sampler(policy: Policy, prompts: PromptBuilder, max_num_seqs: int) -> TransformersSampler:
+    """The sampler of a policy: its completions end with the model's own end tokens or with its chat template's."""
+    ends = {*policy.stop_ids, *prompts.end_of_turn()}
+    return TransformersSampler(Replica(policy.model), prompts.tokenizer, sorted(ends), max_num_seqs)
 
 
 class _Run:

@@ -10,14 +10,13 @@ from igrpo_lite.algorithms.rollout import stage2_size
 from igrpo_lite.config import RunConfig
 from igrpo_lite.errors import DataError
 from igrpo_lite.policy.loading import Policy, load_policy
-from igrpo_lite.policy.prompting import check_context, fitting, prompt_builder, stop_ids
+from igrpo_lite.policy.prompting import check_context, fitting, prompt_builder
 from igrpo_lite.problems.loading import load_problems
 from igrpo_lite.prompts import PromptBuilder
 from igrpo_lite.rewards.answers import gold_answer
 from igrpo_lite.rewards.scorer import Scorer
 from igrpo_lite.sampling.base import Sampler
-from igrpo_lite.sampling.replica import Replica
-from igrpo_lite.sampling.transformers import TransformersSampler
+from igrpo_lite.sampling.transformers import make_sampler
 from igrpo_lite.types import Problem
 
 
@@ -53,25 +52,26 @@ def prepare(config: RunConfig) -> Prepared:
     try:
         scorer.check(sets.train[0])
         prompts = prompt_builder(config)
-        train, dropped = fitting(sets.train, prompts, config.max_prompt_length)
-        held_out, dropped_held_out = fitting(sets.held_out, prompts, config.max_prompt_length)
-        notes = sets.report.lines() + _prompt_notes(config, prompts, dropped, dropped_held_out)
-        if not train or not held_out:
+        train = fitting(sets.train, prompts, config.max_prompt_length)
+        held_out = fitting(sets.held_out, prompts, config.max_prompt_length)
+        notes = sets.report.lines() + _prompt_notes(config, prompts, train.dropped, held_out.dropped)
+        if train.longest is None or held_out.longest is None:
+            which = "training" if train.longest is None else "held-out"
             raise DataError(
-                f"every {'training' if not train else 'held-out'} prompt is longer than max_prompt_length = "
-                f"{config.max_prompt_length} tokens; raise --max-prompt-length"
+                f"every {which} prompt is longer than max_prompt_length = {config.max_prompt_length} tokens; raise "
+                "--max-prompt-length"
             )
-        check_context(config, prompts, [*train, *held_out])
+        for problem in (train.longest, held_out.longest):
+            check_context(config, prompts, problem)
         policy = load_policy(config, config.seed)
         if config.gradient_checkpointing:
             policy.model.gradient_checkpointing_enable()
             policy.model.enable_input_require_grads()
-        ends = stop_ids(policy, prompts)
-        sampler = TransformersSampler(Replica(policy.model), prompts.tokenizer, ends, config.max_num_seqs)
+        sampler = make_sampler(policy, prompts, config.max_num_seqs)
     except BaseException:
         scorer.close()
         raise
-    return Prepared(train, held_out, scorer, prompts, policy, sampler, notes)
+    return Prepared(train.kept, held_out.kept, scorer, prompts, policy, sampler, notes)
 
 
 def _prompt_notes(config: RunConfig, prompts: PromptBuilder, dropped: int, dropped_held_out: int) -> list[str]:

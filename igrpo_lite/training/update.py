@@ -63,6 +63,7 @@ class PolicyUpdate:
     def __init__(self, policy: Policy, config: RunConfig) -> None:
         self.policy = policy
         self.config = config
+        self.prompt_once = best_layout(policy.model.get_base_model()) is shared_prefix
         self.parameters = [p for _, p in policy.adapter_parameters()]
         self.optimizer = torch.optim.AdamW(
             self.parameters,
@@ -140,7 +141,7 @@ class PolicyUpdate:
         stats.learning_tokens += tokens
         stats.head_tokens += tokens
         padded = mask.shape[0] * (mask.shape[1] - 1)
-        copies = 1 if best_layout(self.policy.model.get_base_model()) is shared_prefix else len(batch.completions)
+        copies = 1 if self.prompt_once else len(batch.completions)
         stats.backbone_tokens += padded + copies * len(batch.prompt)
 
     def _micro_batches(self, groups: Sequence[Group]) -> Iterator[MicroBatch]:
@@ -161,10 +162,9 @@ class PolicyUpdate:
 
     def _fitting(self, prompt: int, lengths: Sequence[int]) -> int:
         """How many of the rows (ascending lengths) fit the token budget; at least one."""
-        shared = best_layout(self.policy.model.get_base_model()) is shared_prefix
         count = 1
         for number, length in enumerate(lengths, start=1):
-            tokens = prompt + number * length if shared else number * (prompt + length)
+            tokens = prompt + number * length if self.prompt_once else number * (prompt + length)
             if tokens > self.config.update_tokens:
                 break
             count = number
