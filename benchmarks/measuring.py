@@ -2,12 +2,14 @@
 
 from __future__ import annotations
 
+import gc
 import json
 import os
 import platform
 import shlex
 import statistics
-from collections.abc import Sequence
+import time
+from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -25,6 +27,35 @@ def shown(found: dict[str, float], unit: str = "", digits: int = 2) -> str:
     """A spread as ``median (min-max)``."""
     middle, low, high = (f"{found[name]:.{digits}f}" for name in ("median", "min", "max"))
     return f"{middle}{unit} ({low}-{high})"
+
+
+def take_turns(
+    contenders: Mapping[str, Callable[[], object]], repeats: int, finish: Callable[[], object] = lambda: None
+) -> dict[str, dict[str, list[float]]]:
+    """Seconds of each contender in each turn, by the clock (``wall``) and of this process's processors (``cpu``).
+
+    Every turn runs all of them once, in an order that rotates, so that a machine that is busy at times hurts all alike.
+
+    Args:
+        finish: waits for what a contender may have left running on an accelerator.
+    """
+    names = list(contenders)
+    seconds: dict[str, dict[str, list[float]]] = {name: {"wall": [], "cpu": []} for name in names}
+    for turn in range(repeats):
+        for position in range(len(names)):
+            name = names[(turn + position) % len(names)]
+            gc.collect()
+            wall, cpu = time.perf_counter(), time.process_time()
+            contenders[name]()
+            finish()
+            seconds[name]["wall"].append(time.perf_counter() - wall)
+            seconds[name]["cpu"].append(time.process_time() - cpu)
+    return seconds
+
+
+def paired(numerators: Sequence[float], denominators: Sequence[float]) -> dict[str, float]:
+    """Spread of the ratios within each turn."""
+    return spread([a / b for a, b in zip(numerators, denominators, strict=True)])
 
 
 def provenance(script: str, arguments: Sequence[str], threads: int) -> dict[str, Any]:

@@ -39,6 +39,11 @@ class ModelOptions(Section):
     lora_target_modules: list[str] = Field(
         ["all-linear"], min_length=1, description="Module names that get an adapter, or `all-linear`."
     )
+    lora_layers: str = Field(
+        "all",
+        description="Layers that get an adapter: `all`, `last half`, `last third`, `last quarter` or `last <number>`; "
+        "the backward pass stops below them.",
+    )
 
 
 class DataOptions(Section):
@@ -121,11 +126,42 @@ class RolloutOptions(Section):
         "none",
         description="When the chosen draft earned nothing: show it all the same (the paper), or sample without it.",
     )
-    schedule: Literal["barrier", "overlap"] = Field(
+    schedule: Literal["barrier", "overlap", "ahead"] = Field(
         "overlap",
-        description="All drafts first, or each problem's refinements as soon as its drafts are scored; same samples.",
+        description="All drafts first; or each problem's refinements as soon as its drafts are scored (same samples); "
+        "or the next step's drafts beside this step's refinements, from the policy before the update.",
+    )
+    dynamic_sampling: Annotated[int, Field(ge=0)] = Field(
+        0,
+        description="Rounds in which problems whose rewards are all equal are replaced by others (DAPO); 0: never.",
+    )
+    sampler: Literal["auto", "transformers", "vllm"] = Field(
+        "auto", description="Engine that samples; `auto`: vLLM on a CUDA GPU where it is installed, else transformers."
     )
     max_num_seqs: PositiveInt = Field(128, description="Sequences decoded at the same time.")
+    top_p: Annotated[float, Field(gt=0.0, le=1.0)] = Field(
+        1.0, description="Sample from the likeliest tokens of this total probability; below 1 the loss is biased."
+    )
+    min_p: Annotated[float, Field(ge=0.0, lt=1.0)] = Field(
+        0.0,
+        description="Sample only tokens of at least this share of the likeliest one's probability; above 0 the loss is "
+        "biased.",
+    )
+    kv_cache_gib: PositiveFloat | None = Field(
+        None,
+        description="Memory for vLLM's keys and values, GiB; unset: what `max_num_seqs` sequences need, if it fits.",
+    )
+    share_weights: bool = Field(
+        True, description="One copy of the frozen weights for the policy and vLLM, where their layouts allow it."
+    )
+    rebuild_steps: Annotated[int, Field(ge=0)] = Field(
+        0, description="Steps after which vLLM's engine is made anew, against memory that leaks; 0: never."
+    )
+    parity_steps: Annotated[int, Field(ge=0)] = Field(
+        50,
+        description="Steps between checks that the sampler samples from the policy, beside those at start and resume; "
+        "0: no check at all.",
+    )
 
 
 class RewardOptions(Section):
@@ -145,21 +181,85 @@ class RewardOptions(Section):
 class UpdateOptions(Section):
     """Update"""
 
-    tokens: Literal["all"] = Field("all", description="Completion tokens that enter the loss.")
-    loss_type: Literal["grpo"] = Field(
-        "grpo", description="Normalisation: mean over each sequence, then over sequences."
+    tokens: Literal["all", "s-grpo", "t-spmo", "entropy"] = Field(
+        "all",
+        description="Completion tokens that learn: all, a random part (S-GRPO), those where rollouts part (T-SPMO), "
+        "or the most uncertain.",
+    )
+    sgrpo_preset: Literal["short", "long"] | None = Field(
+        None,
+        description="S-GRPO for short or long answers: alpha 0, P 0.4, no k; or alpha 100, P 0.5, k 300. Unset: `long` "
+        "from a `max_completion_length` of 600.",
+    )
+    sgrpo_alpha: Annotated[int, Field(ge=0)] | None = Field(
+        None, description="S-GRPO: leading tokens of a completion that always learn; unset: the preset's."
+    )
+    sgrpo_p: Fraction | None = Field(
+        None, description="S-GRPO: probability that a later token learns; unset: the preset's."
+    )
+    sgrpo_k: Annotated[int, Field(ge=0)] | None = Field(
+        None, description="S-GRPO: learning tokens per completion at most, 0: any number; unset: the preset's."
+    )
+    sgrpo_cap: Literal["in_order", "random", "length_gate"] = Field(
+        "in_order",
+        description="S-GRPO: what k keeps: the first ones, `alpha` and any of the rest, or only those before place k, "
+        "and none but `alpha` of a longer completion.",
+    )
+    sgrpo_norm: Literal["selected", "ht"] = Field(
+        "selected",
+        description="S-GRPO: mean over the chosen tokens, or Horvitz-Thompson weights, unbiased for all tokens.",
+    )
+    tspmo_baseline: Literal["visits", "children", "leave_one_out"] = Field(
+        "visits",
+        description="T-SPMO: value of a prefix: mean over its completions, over its next tokens, or over the other "
+        "completions.",
+    )
+    tspmo_weight: Literal["unique", "count"] = Field(
+        "unique", description="T-SPMO: weight of a transition: 1, or the completions that took it."
+    )
+    tspmo_min_visits: Annotated[int, Field(ge=2)] = Field(
+        2, description="T-SPMO: completions that must share a prefix before its next tokens are compared."
+    )
+    tspmo_replay: Annotated[int, Field(ge=0)] = Field(
+        0,
+        description="T-SPMO: fresh continuations from inside one success and one failure each, beside the rollouts; "
+        "0: none.",
+    )
+    top_entropy_quantile: Annotated[float, Field(gt=0.0, le=1.0)] = Field(
+        0.2, description="Share of the tokens that learn with `tokens: entropy`, highest entropy first."
+    )
+    loss_type: Literal["grpo", "bnpo", "dr_grpo", "dapo", "gspo", "cispo"] | None = Field(
+        None,
+        description="Objective and its normalisation; unset: `grpo`, mean over each sequence, then over sequences.",
+    )
+    scale_rewards: Literal["group", "batch", "none"] = Field(
+        "group", description="Standard deviation that advantages are divided by: of the group, of the step, or none."
     )
     epsilon: Fraction = Field(
         0.2, description="Clip range of the probability ratio below 1, and above unless `epsilon_high`."
     )
-    epsilon_high: Annotated[float, Field(ge=0.0)] | None = Field(None, description="Clip range above 1.")
+    epsilon_high: Annotated[float, Field(ge=0.0)] | None = Field(
+        None, description="Clip range above 1 (DAPO: 0.28); for `cispo` the highest ratio itself (unset: 5)."
+    )
+    delta: Annotated[float, Field(gt=1.0)] | None = Field(
+        None, description="Highest ratio of a token whose advantage is negative (two-sided clipping); unset: any."
+    )
+    importance_sampling_mode: Literal["none", "token_truncate", "token_mask", "sequence_truncate", "sequence_mask"] = (
+        Field(
+            "token_truncate",
+            description="Correction for a sampler that computes slightly other probabilities than the policy: weights "
+            "are capped or, beyond the cap, zero.",
+        )
+    )
+    importance_sampling_clip_max: PositiveFloat = Field(3.0, description="Cap of that correction's weights.")
     beta: Annotated[float, Field(ge=0.0)] = Field(
         0.0, description="Weight of the KL penalty to the model without adapter."
     )
     num_iterations: PositiveInt = Field(1, description="Optimizer steps on the same rollouts.")
     mask_truncated_completions: bool = Field(
         False,
-        description="Leave completions cut at the length limit out of the loss (they still count in their group).",
+        description="Leave completions cut at the length limit out of the loss; they still count in their group (with "
+        "`t-spmo`: not even there).",
     )
     learning_rate: PositiveFloat = Field(
         1e-5, description="Peak learning rate of the adapter (the paper's 1e-6 is for all weights)."
@@ -239,3 +339,13 @@ MODEL_DEFAULTS: dict[str, dict[str, Any]] = {
     },
 }
 """Defaults that suit one model better than the general ones; whatever the user sets wins."""
+
+SGRPO_PRESETS: dict[str, dict[str, Any]] = {
+    "short": {"sgrpo_alpha": 0, "sgrpo_p": 0.4, "sgrpo_k": 0},
+    "long": {"sgrpo_alpha": 100, "sgrpo_p": 0.5, "sgrpo_k": 300},
+}
+"""S-GRPO for answers of a few hundred tokens, and for longer ones: 40 % of the tokens, or those up to about the 500th,
+after which nothing has to be computed. Ours; the paper's own values could not be found."""
+
+LONG_COMPLETION = 600
+"""Tokens of ``max_completion_length`` from which the preset ``long`` is the default."""

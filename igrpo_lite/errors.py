@@ -33,5 +33,9 @@ class RewardError(UserError):
     """A reward that cannot be imported, or returned something that is not a list of finite numbers."""
 
 
+class SamplerError(UserError):
+    """A sampling engine that cannot be started, cannot hold the adapter, or died."""
+
+
 class RunFolderError(UserError):
     """A run folder that belongs to another configuration, cannot be written, or holds no usable checkpoint."""

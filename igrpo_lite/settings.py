@@ -12,7 +12,7 @@ from typing import Any, get_origin
 
 from pydantic import ValidationError
 
-from igrpo_lite.config import MODEL_DEFAULTS, RunConfig
+from igrpo_lite.config import LONG_COMPLETION, MODEL_DEFAULTS, SGRPO_PRESETS, RunConfig
 from igrpo_lite.errors import ConfigError
 from igrpo_lite.fields import FIELDS, allowed, choices, hint, is_list, nearest, parts
 from igrpo_lite.recipe_file import dump, load_file
@@ -81,7 +81,7 @@ def examine(given: Mapping[str, Any]) -> tuple[RunConfig, list[str]]:
     config = RunConfig.model_validate({**defaults, **good})
     split, complaints = _rollouts(config, {name for name in good if good[name] is not None}, bad)
     findings += complaints
-    config = config.model_copy(update=split)
+    config = config.model_copy(update=split | _selection(config))
     return config, findings + _cross_findings(config, bad)
 
 
@@ -89,13 +89,15 @@ def merge(file: Mapping[str, Any], flags: Mapping[str, Any]) -> dict[str, Any]:
     """A recipe's settings with the flags over them.
 
     The three counts of rollouts depend on each other: a flag for one of them, or another algorithm, also takes back
-    what the file says about those that follow from it.
+    what the file says about those that follow from it. So does a preset of S-GRPO with what it stands for.
     """
     stale: set[str] = set()
     if any(name in flags for name in _ROLLOUTS) or flags.get("algorithm") == "grpo":
         stale |= {"num_drafts", "num_refinements"}
     if {"num_drafts", "num_refinements"} <= flags.keys():
         stale.add("num_generations")
+    if flags.get("sgrpo_preset"):
+        stale |= {name for preset in SGRPO_PRESETS.values() for name in preset}
     kept = {key: value for key, value in file.items() if str(key).replace("-", "_") not in stale | flags.keys()}
     return {**kept, **flags}
 
@@ -192,6 +194,15 @@ def _rollouts(config: RunConfig, given: set[str], bad: set[str]) -> tuple[dict[s
     return {"num_generations": total, "num_drafts": drafts, "num_refinements": refinements}, findings
 
 
+def _selection(config: RunConfig) -> dict[str, Any]:
+    """The parameters of S-GRPO, where it is chosen: the user's, or the preset's."""
+    if config.tokens != "s-grpo":
+        return {}
+    name = config.sgrpo_preset or ("long" if config.max_completion_length >= LONG_COMPLETION else "short")
+    preset = {"sgrpo_preset": name} | SGRPO_PRESETS[name]
+    return {key: value for key, value in preset.items() if getattr(config, key) is None}
+
+
 def _grpo_findings(config: RunConfig) -> list[str]:
     findings = [
         f"{name}: grpo has one stage and takes num_generations only; choose igrpo or igrpo-joint, or leave it out"
@@ -209,10 +220,40 @@ def _grpo_findings(config: RunConfig) -> list[str]:
 def _cross_findings(config: RunConfig, bad: set[str]) -> list[str]:
     """Contradictions between settings that are each fine."""
     found = []
-    if config.epsilon_high is not None and config.epsilon_high < config.epsilon and "epsilon" not in bad:
-        found.append(
-            f"epsilon_high: {config.epsilon_high} is below epsilon {config.epsilon}; it widens the clip range above 1"
-        )
+    high = config.epsilon_high
+    if high is not None and high < config.epsilon and "epsilon" not in bad and config.loss_type != "cispo":
+        found.append(f"epsilon_high: {high} is below epsilon {config.epsilon}; it widens the clip range above 1")
+    if high is not None and config.loss_type == "cispo" and high < 1.0:
+        found.append(f"epsilon_high: cispo takes it as the highest ratio itself, so at least 1, not {high}; usual is 5")
     if not re.fullmatch(r"auto|cpu|mps|cuda(:\d+)?", config.device):
         found.append(f"device: must be auto, cpu, cuda, cuda:<number> or mps, not {config.device!r}")
+    if not re.fullmatch(r"all|last[ -](half|third|quarter|[1-9]\d*)", config.lora_layers):
+        found.append(
+            "lora_layers: must be all, last half, last third, last quarter or last <number>, not "
+            f"{config.lora_layers!r}"
+        )
+    if config.schedule == "ahead" and config.algorithm != "igrpo":
+        found.append(
+            f"schedule: ahead is for igrpo; with {config.algorithm} "
+            + ("there are no drafts" if config.algorithm == "grpo" else "drafts learn, so they must be on-policy")
+        )
+    return found + _selection_findings(config)
+
+
+def _selection_findings(config: RunConfig) -> list[str]:
+    found = []
+    if config.tokens == "t-spmo" and config.loss_type is not None:
+        found.append(
+            f"loss_type: {config.loss_type} does not go with tokens t-spmo, whose loss is a mean over transitions; "
+            "leave loss_type out"
+        )
+    if config.tokens == "s-grpo" and config.sgrpo_norm == "ht" and config.sgrpo_k:
+        found.append(
+            f"sgrpo_k: must be 0 with sgrpo_norm ht, not {config.sgrpo_k}; tokens that k cuts off have no chance to be "
+            "drawn, so no weight makes up for them"
+        )
+    if config.tokens == "s-grpo" and config.sgrpo_norm == "ht" and not config.sgrpo_p:
+        found.append("sgrpo_p: must be above 0 with sgrpo_norm ht; tokens without a chance to be drawn have no weight")
+    elif config.tokens == "s-grpo" and not (config.sgrpo_alpha or config.sgrpo_p):
+        found.append("sgrpo_p: 0 with sgrpo_alpha 0 leaves no token to learn from; raise one of them")
     return found

@@ -20,7 +20,7 @@ FLOORS = [
     {"algorithms"},
     {"evaluation", "report"},
     {"training"},
-    {"cli"},
+    {"cli", "trl"},
 ]
 LEVEL = {room: level for level, rooms in enumerate(FLOORS) for room in rooms}
 MODULES = sorted(

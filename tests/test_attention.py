@@ -39,7 +39,7 @@ def test_equal_to_sdpa(groups, length, rows):
 
 
 def test_whole_models_agree_with_and_without_a_mask():
-    model = make_model("qwen3")
+    model = make_model("qwen3", attention="sdpa")
     ids = torch.randint(VOCAB, (2, 7))
     mask = torch.ones(2, 7, dtype=torch.long)
     mask[1, :3] = 0

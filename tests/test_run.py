@@ -37,7 +37,9 @@ def lines(folder: Path, name: str) -> list[dict[str, Any]]:
 
 
 def without_time(records: list[dict[str, Any]]) -> list[dict[str, Any]]:
-    return [{key: value for key, value in record.items() if key != "time"} for record in records]
+    """Without clocks, memory, and the parity probes that every start makes."""
+    kept = [record for record in records if record["kind"] != "parity"]
+    return [{key: value for key, value in record.items() if key not in ("time", "memory")} for record in kept]
 
 
 def assert_same_run(a: Path, b: Path) -> None:
@@ -294,7 +296,7 @@ def test_a_changed_data_file_is_noticed(tmp_path):
 
 
 def test_gradient_checkpointing_trains_alike(tmp_path):
-    """Another layout of the same computation: rewards and gradients of the first step agree."""
+    """The same computation, some of it twice: rewards and gradients of the first step agree."""
     first = {}
     for checkpointed in (False, True):
         folder = tmp_path / str(checkpointed)
@@ -302,5 +304,5 @@ def test_gradient_checkpointing_trains_alike(tmp_path):
         first[checkpointed] = next(r for r in lines(folder, "metrics.jsonl") if r["kind"] == "step")
     assert first[True]["grad_norm"] == pytest.approx(first[False]["grad_norm"], rel=1e-3)
     assert first[True]["entropy"] == pytest.approx(first[False]["entropy"], rel=1e-4)
-    assert first[True]["tokens/backbone"] > first[False]["tokens/backbone"]
+    assert first[True]["tokens/backbone"] == first[False]["tokens/backbone"]
     assert first[True]["stage2/reward"] == first[False]["stage2/reward"]

@@ -2,13 +2,14 @@
 
 from __future__ import annotations
 
+from collections import Counter
 from itertools import pairwise
 
 import pytest
 
 from igrpo_lite.config import UpdateOptions
 from igrpo_lite.sampling.base import request_seed
-from igrpo_lite.training.schedule import batch_indices, learning_rate
+from igrpo_lite.training.schedule import batch_indices, learning_rate, other_indices
 
 
 def test_every_epoch_is_a_permutation_and_batches_cross_its_end():
@@ -25,6 +26,26 @@ def test_order_depends_on_the_seed_only():
 
 def test_a_batch_larger_than_the_data_repeats_it():
     assert sorted(batch_indices(3, 7, 0, 0)).count(0) >= 2
+
+
+def test_other_problems_are_all_that_are_not_used_in_an_order_of_the_steps_own():
+    used = batch_indices(50, 8, 3, seed=0)
+    order = list(other_indices(50, used, 3, seed=0))
+    assert sorted(order + used) == list(range(50))
+    assert list(other_indices(50, used, 3, seed=0)) == order
+    assert list(other_indices(50, used, 4, seed=0)) != order != list(other_indices(50, used, 3, seed=1))
+
+
+def test_what_is_drawn_first_of_others_is_uniform():
+    first = Counter(next(other_indices(6, [2, 4], step, seed=0)) for step in range(4000))
+    assert first.keys() == {0, 1, 3, 5}
+    # Five standard deviations of a binomial count.
+    assert all(abs(count - 1000) < 5 * (4000 * 0.25 * 0.75) ** 0.5 for count in first.values())
+
+
+def test_data_no_larger_than_a_batch_leaves_no_others():
+    for size in (3, 7):
+        assert list(other_indices(3, batch_indices(3, size, 0, 0), 0, 0)) == []
 
 
 def test_cosine_with_warmup_and_floor():

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Sequence
+from typing import Literal
 
 import torch
 from torch import Tensor
@@ -21,24 +22,44 @@ def reward_tensor(scores: Sequence[Score]) -> Tensor:
 
 
 def group_advantages(rewards: Tensor, epsilon: float = STD_EPSILON) -> Tensor:
-    """``(R - mean) / (std + epsilon)`` within one group, with the sample standard deviation (ddof = 1).
+    """``(R - mean) / (std + epsilon)`` within one group, ``[G]``: the paper's, see :func:`advantages`."""
+    return advantages([rewards], "group", epsilon)[0]
+
+
+def advantages(
+    groups: Sequence[Tensor], scale: Literal["group", "batch", "none"] = "group", epsilon: float = STD_EPSILON
+) -> list[Tensor]:
+    """``(R - mean) / (std + epsilon)``, with the mean of the group and the sample standard deviation (ddof = 1).
 
     Args:
-        rewards: ``[G]``; ``nan`` marks a completion that no reward scored.
+        groups: rewards, ``[G]`` each (sizes may differ); ``nan`` marks a completion that no reward scored, which is
+            left out of mean and standard deviation.
+        scale: TRL's ``scale_rewards``: standard deviation of the group (the paper), of all rewards of all ``groups``,
+            or no division (Dr. GRPO, arXiv 2503.20783).
 
     Returns:
-        ``[G]``; all zero for a group whose scored rewards are all equal, zero for unscored completions. Equality is
-        tested on the rewards: a standard deviation of equal floats need not come out as 0.
+        ``[G]`` each; exactly zero for a group whose scored rewards are all equal and for unscored completions. Equality
+        is tested on the rewards: neither mean nor standard deviation of equal floats need be exact.
     """
-    scored = ~torch.isnan(rewards)
-    values = rewards[scored]
-    advantages = torch.zeros_like(rewards)
-    if values.numel() > 1 and values.max() != values.min():
-        advantages[scored] = (values - values.mean()) / (values.std(unbiased=True) + epsilon)
-    return advantages
+    found = []
+    for rewards in groups:
+        result = torch.zeros_like(rewards)
+        if has_signal(rewards):
+            values = _scored(rewards)
+            deviations = values - values.mean()
+            if scale != "none":
+                everything = values if scale == "group" else torch.cat([_scored(group) for group in groups])
+                deviations = deviations / (everything.std(unbiased=True) + epsilon)
+            result[~torch.isnan(rewards)] = deviations
+        found.append(result)
+    return found
 
 
 def has_signal(rewards: Tensor) -> bool:
     """Whether a group's scored rewards differ at all, so that it can teach something."""
-    values = rewards[~torch.isnan(rewards)]
+    values = _scored(rewards)
     return values.numel() > 1 and bool(values.max() != values.min())
+
+
+def _scored(rewards: Tensor) -> Tensor:
+    return rewards[~torch.isnan(rewards)]

@@ -5,18 +5,26 @@
                        O = G refinements from pi(. | Concat(q, d))      stage 2
 
 Both stages sample from the same policy; nothing here has a gradient. A problem's stage 2 needs only that problem's
-stage 1, so with the ``overlap`` schedule its refinements join the batch that still decodes other problems' drafts.
+stage 1, which gives three schedules with the same rollouts:
+
+* ``barrier``: all drafts, then all refinements (and then T-SPMO's replays, algorithms/replay.py);
+* ``overlap``: a problem's refinements join the batch that still decodes other problems' drafts; the same samples;
+* ``ahead``: the drafts of the next step are sampled beside the refinements of this one. Drafts are context and never
+  learn, so refinements stay exactly on-policy; a draft comes from the policy before the last update.
 """
 
 from __future__ import annotations
 
 import random
 import time
-from collections.abc import Callable, Iterable, Sequence
-from dataclasses import dataclass, field
+from collections.abc import Callable, Iterable, Mapping, Sequence
+from concurrent.futures import FIRST_COMPLETED, Future, ThreadPoolExecutor, wait
+from dataclasses import asdict, dataclass, field
+from typing import Any
 
 from igrpo_lite.algorithms.drafts import DraftChoice, choose_draft
-from igrpo_lite.config import RolloutOptions
+from igrpo_lite.algorithms.replay import Replay, Restart, choose_restarts, restart_prompt, whole_completion
+from igrpo_lite.config import RolloutOptions, RunConfig
 from igrpo_lite.prompts import PromptBuilder
 from igrpo_lite.rewards.scorer import Scorer
 from igrpo_lite.sampling.base import Request, Sampler, request_seed
@@ -25,14 +33,16 @@ from igrpo_lite.types import Completion, Group, Problem, Prompt, Score, Stage
 
 @dataclass(frozen=True, slots=True)
 class Rollout:
-    """All that was sampled for one problem: ``choice`` and ``stage2`` are absent in one-stage GRPO."""
+    """All that was sampled for one problem. One-stage GRPO has no ``choice`` and no ``stage2``."""
 
     stage1: Group
     choice: DraftChoice | None = None
     stage2: Group | None = None
+    replays: tuple[Replay, ...] = ()
 
     @property
     def groups(self) -> tuple[Group, ...]:
+        """The stages' groups, without replays."""
         return (self.stage1,) if self.stage2 is None else (self.stage1, self.stage2)
 
     @property
@@ -44,10 +54,15 @@ class Rollout:
         return None if self.choice is None else self.stage1.scores[self.choice.index]
 
 
-@dataclass(frozen=True, slots=True)
+_Part = tuple[Stage, int]
+"""What is completed together: a stage's own completions (0), or one of its replays (1, 2)."""
+
+
+@dataclass(frozen=True, slots=True, order=True)
 class _Tag:
-    slot: int  # the problem's place in the batch
-    stage: Stage
+    step: int
+    slot: int  # the problem's place in the step
+    part: _Part
     index: int
 
 
@@ -56,19 +71,35 @@ class _Pending:
     """One problem under way: what has come back so far, in request order."""
 
     problem: Problem
+    step: int
+    slot: int
     prompts: dict[Stage, Prompt]
-    finished: dict[Stage, list[Completion | None]]
+    finished: dict[_Part, list[Completion | None]] = field(default_factory=dict)
     groups: dict[Stage, Group] = field(default_factory=dict)
+    restarts: dict[_Part, Restart] = field(default_factory=dict)
+    replays: dict[_Part, Replay] = field(default_factory=dict)
     choice: DraftChoice | None = None
+
+    def seed(self, seed: int, *path: object) -> int:
+        return request_seed(seed, self.step, self.slot, self.problem.id, *path)
+
+    def rollout(self) -> Rollout:
+        replays = tuple(self.replays[part] for part in sorted(self.replays))
+        return Rollout(self.groups["stage1"], self.choice, self.groups.get("stage2"), replays)
 
 
 class RolloutCollector:
     """Samples and scores the rollouts of one step.
 
+    Rewards that a worker process computes are waited for only when nothing is left to decode.
+
     Args:
-        options: counts, temperatures, draft choice and schedule.
-        seed: the run's seed; each request's own seed hashes it with step, problem, stage and index.
-        on_progress: called with (finished, expected) completions.
+        config: counts, temperatures, draft choice, schedule and replay.
+        seed: the run's seed; each request's own seed hashes it with step, place, problem, stage and index.
+        on_progress: called with (finished, expected) completions; replays are expected once they are known of.
+
+    Attributes:
+        reward_seconds: in which nothing was decoded for want of a reward.
     """
 
     def __init__(
@@ -76,87 +107,212 @@ class RolloutCollector:
         sampler: Sampler,
         scorer: Scorer,
         prompts: PromptBuilder,
-        options: RolloutOptions,
+        config: RunConfig,
         seed: int,
         on_progress: Callable[[int, int], None] = lambda done, total: None,
     ) -> None:
         self.sampler = sampler
         self.scorer = scorer
         self.prompts = prompts
-        self.options = options
+        self.config = config
         self.seed = seed
         self.on_progress = on_progress
         self.reward_seconds = 0.0
+        self._pending: dict[tuple[int, int], _Pending] = {}  # by step and slot; between steps, what ``ahead`` drafted
+        self._deferred: list[Request] = []
+        self._scoring: list[tuple[_Pending, _Part, tuple[Completion, ...], Future[list[Score]]]] = []
+        self._thread = ThreadPoolExecutor(1, "rewards") if scorer.in_worker else None
+        self._done = self._total = 0
 
-    @property
-    def two_stage(self) -> bool:
-        return self.options.algorithm != "grpo"
+    def collect(
+        self, problems: Sequence[Problem], step: int, first_slot: int = 0, upcoming: Sequence[Problem] = ()
+    ) -> list[Rollout]:
+        """One rollout per problem, in order.
 
-    def collect(self, problems: Sequence[Problem], step: int) -> list[Rollout]:
-        """One rollout per problem, in order. ``step`` enters every seed."""
-        count1 = stage1_size(self.options)
-        pending = []
-        for problem in problems:
-            first = self.prompts.first(problem.question)
-            pending.append(_Pending(problem, {"stage1": first}, {"stage1": [None] * count1}))
-        total = len(problems) * self.options.num_generations
-        done = 0
-        deferred: list[Request] = []
+        ``step`` and the problem's place, counted from ``first_slot``, enter every seed: further problems of a step go
+        on counting where the earlier ones ended.
 
-        def on_finished(request: Request, completion: Completion) -> Iterable[Request]:
-            nonlocal done
-            done += 1
-            self.on_progress(done, total)
-            tag = request.tag
-            assert isinstance(tag, _Tag)
-            more = self._finish(pending[tag.slot], tag, completion, step)
-            if self.options.schedule == "overlap":
-                return more
-            deferred.extend(more)
-            return ()
+        Args:
+            upcoming: problems of the next step; with the ``ahead`` schedule their drafts are sampled on the way.
+        """
+        mine = self._begin(problems, step, first_slot)
+        self._done, self._total = 0, len(problems) * self.config.num_generations
+        if self.config.schedule == "ahead":
+            undrafted = [p for p in mine if "stage1" not in p.groups]  # in the first step
+            self._sample([request for p in undrafted for request in self._drafts(p)])
+            later = self._begin(upcoming, step + 1, 0)
+            wave = [request for p in mine for request in self._refine(p)]
+            self._sample(wave + [request for p in later for request in self._drafts(p)])
+        else:
+            self._sample([request for p in mine for request in self._drafts(p)])
+        for p in mine:
+            del self._pending[p.step, p.slot]
+        return [p.rollout() for p in mine]
 
-        drafts = [r for slot, p in enumerate(pending) for r in self._requests(p, slot, "stage1", count1, step)]
-        self.sampler.run(drafts, on_finished)
-        if deferred:
-            self.sampler.run(sorted(deferred, key=_slot_and_index), on_finished)
-        return [Rollout(p.groups["stage1"], p.choice, p.groups.get("stage2")) for p in pending]
+    def close(self) -> None:
+        """End the thread that waits for rewards; what it waits for is given up."""
+        if self._thread is not None:
+            self._thread.shutdown(wait=False, cancel_futures=True)
 
-    def _finish(self, pending: _Pending, tag: _Tag, completion: Completion, step: int) -> list[Request]:
-        finished = pending.finished[tag.stage]
+    def drafted(self) -> list[dict[str, Any]]:
+        """The drafts that ``ahead`` has sampled for the next step, as JSON types, in problem order."""
+        groups = [p.groups["stage1"] for p in self._pending.values()]
+        return [{name: [asdict(x) for x in getattr(g, name)] for name in ("completions", "scores")} for g in groups]
+
+    def load_drafted(self, state: Sequence[Mapping[str, Any]], problems: Sequence[Problem], step: int) -> None:
+        """Continue from :meth:`drafted`; ``problems`` are those of ``step``, the next one."""
+        self._pending.clear()
+        for p, saved in zip(self._begin(problems[: len(state)], step, 0), state, strict=True):
+            completions = tuple(Completion(**_tuples(entry)) for entry in saved["completions"])
+            scores = tuple(Score(**entry) for entry in saved["scores"])
+            p.groups["stage1"] = Group(p.problem, "stage1", p.prompts["stage1"], completions, scores)
+
+    def _begin(self, problems: Sequence[Problem], step: int, first_slot: int) -> list[_Pending]:
+        """What is under way for ``problems``: drafted already, or new."""
+        for slot, problem in enumerate(problems, start=first_slot):
+            if (step, slot) not in self._pending:
+                prompts: dict[Stage, Prompt] = {"stage1": self.prompts.first(problem.question)}
+                self._pending[step, slot] = _Pending(problem, step, slot, prompts)
+        return [self._pending[step, slot] for slot in range(first_slot, first_slot + len(problems))]
+
+    def _sample(self, wave: list[Request]) -> None:
+        """Sample until nothing follows; what follows a finished group joins the batch or, with ``barrier``, waits."""
+        while wave:
+            self.sampler.run(wave, self._on_finished, self._poll if self._thread else None)
+            wave, self._deferred = sorted(self._deferred, key=_tag), []
+
+    def _on_finished(self, request: Request, completion: Completion) -> Iterable[Request]:
+        tag = _tag(request)
+        pending = self._pending[tag.step, tag.slot]
+        finished = pending.finished[tag.part]
         finished[tag.index] = completion
         completions = tuple(c for c in finished if c is not None)
-        if len(completions) < len(finished):
-            return []
-        started = time.perf_counter()
-        prompt = pending.prompts[tag.stage]
-        scores = tuple(self.scorer.score(pending.problem, prompt, completions))
-        self.reward_seconds += time.perf_counter() - started
-        pending.groups[tag.stage] = Group(pending.problem, tag.stage, prompt, completions, scores)
-        if tag.stage == "stage2" or not self.two_stage:
-            return []
-        rng = random.Random(request_seed(self.seed, step, tag.slot, pending.problem.id, "choice"))
-        pending.choice = choice = choose_draft(completions, scores, self.options, rng)
-        if choice.shown:
-            draft = completions[choice.index]
-            pending.prompts["stage2"] = self.prompts.second(pending.problem.question, prompt, draft.ids)
-        else:
-            pending.prompts["stage2"] = prompt
-        count2 = stage2_size(self.options)
-        pending.finished["stage2"] = [None] * count2
-        return self._requests(pending, tag.slot, "stage2", count2, step)
+        more: Iterable[Request] = ()
+        if len(completions) == len(finished):
+            more = self._judge(pending, tag.part, completions)
+        self._done += 1
+        self.on_progress(self._done, self._total)
+        return more
 
-    def _requests(self, pending: _Pending, slot: int, stage: Stage, count: int, step: int) -> list[Request]:
-        options = self.options
+    def _poll(self, idle: bool) -> Iterable[Request]:
+        """What follows the groups whose rewards have come; with nothing left to decode, wait for the next of them."""
+        more: list[Request] = []
+        while self._scoring and not more:
+            if idle:
+                started = time.perf_counter()
+                wait([scores for *_, scores in self._scoring], return_when=FIRST_COMPLETED)
+                self.reward_seconds += time.perf_counter() - started
+            ready = [entry for entry in self._scoring if entry[-1].done()]
+            self._scoring = [entry for entry in self._scoring if entry not in ready]
+            for pending, part, completions, scores in ready:
+                more += self._follow(pending, part, completions, scores.result())
+            if not idle:
+                break
+        return more
+
+    def _judge(self, pending: _Pending, part: _Part, completions: tuple[Completion, ...]) -> Iterable[Request]:
+        """Score what is complete, at once or beside the decoding; gives what follows at once."""
+        if part[1]:  # as whole completions of the original prompt
+            source, start = self._source(pending, part)
+            completions = tuple(whole_completion(source, start, c, self.prompts.tokenizer) for c in completions)
+        arguments = pending.problem, pending.prompts[part[0]], completions
+        if self._thread is not None:
+            self._scoring.append((pending, part, completions, self._thread.submit(self.scorer.score, *arguments)))
+            return ()
+        started = time.perf_counter()
+        scores = self.scorer.score(*arguments)
+        self.reward_seconds += time.perf_counter() - started
+        return self._follow(pending, part, completions, scores)
+
+    def _follow(
+        self, pending: _Pending, part: _Part, completions: tuple[Completion, ...], scores: Sequence[Score]
+    ) -> Iterable[Request]:
+        """Take in a scored group; gives the requests that it was waited for."""
+        stage, number = part
+        problem, prompt = pending.problem, pending.prompts[stage]
+        if number:
+            source, start = self._source(pending, part)
+            first = pending.groups[stage].scores[pending.restarts[part].source]  # the source has its score
+            whole = Group(problem, stage, prompt, (source, *completions), (first, *scores))
+            pending.replays[part] = Replay(whole, start)
+            return ()
+        pending.groups[stage] = Group(problem, stage, prompt, completions, tuple(scores))
+        more = self._restart(pending, stage)
+        self._total += len(more)
+        if stage == "stage1" and self.config.algorithm != "grpo" and self.config.schedule != "ahead":
+            more = self._refine(pending) + more
+        if self.config.schedule == "barrier":
+            self._deferred += more
+            return ()
+        return more
+
+    def _drafts(self, pending: _Pending) -> list[Request]:
+        return self._requests(pending, ("stage1", 0), stage1_size(self.config))
+
+    def _refine(self, pending: _Pending) -> list[Request]:
+        """Choose the draft and ask for the refinements."""
+        drafts = pending.groups["stage1"]
+        rng = random.Random(pending.seed(self.seed, "choice"))
+        pending.choice = choice = choose_draft(drafts.completions, drafts.scores, self.config, rng)
+        if choice.shown:
+            draft = drafts.completions[choice.index]
+            pending.prompts["stage2"] = self.prompts.second(pending.problem.question, drafts.prompt, draft.ids)
+        else:
+            pending.prompts["stage2"] = drafts.prompt
+        return self._requests(pending, ("stage2", 0), stage2_size(self.config))
+
+    def _restart(self, pending: _Pending, stage: Stage) -> list[Request]:
+        """Choose where a learning stage is replayed and ask for the continuations."""
+        count = self.config.tspmo_replay if self.config.tokens == "t-spmo" else 0
+        if not count or stage not in learning_stages(self.config.algorithm):
+            return []
+        rng = random.Random(pending.seed(self.seed, stage, "replay"))
+        requests = []
+        for number, restart in enumerate(choose_restarts(pending.groups[stage], rng), start=1):
+            pending.restarts[stage, number] = restart
+            requests += self._requests(pending, (stage, number), count)
+        return requests
+
+    def _source(self, pending: _Pending, part: _Part) -> tuple[Completion, int]:
+        """The completion that a replay restarts from, and the tokens of it that are kept."""
+        restart = pending.restarts[part]
+        return pending.groups[part[0]].completions[restart.source], restart.start
+
+    def _requests(self, pending: _Pending, part: _Part, count: int) -> list[Request]:
+        stage, number = part
+        prompt, limit = pending.prompts[stage], self.config.max_completion_length
+        path: tuple[object, ...] = (stage,)
+        if number:
+            source, start = self._source(pending, part)
+            prompt, limit = restart_prompt(prompt, source.ids[:start], self.prompts.tokenizer), limit - start
+            path = (stage, "replay", number)
+        pending.finished[part] = [None] * count
         return [
             Request(
-                prompt=pending.prompts[stage],
-                seed=request_seed(self.seed, step, slot, pending.problem.id, stage, index),
-                max_tokens=options.max_completion_length,
-                temperature=stage_temperature(options, stage),
-                tag=_Tag(slot, stage, index),
+                prompt=prompt,
+                seed=pending.seed(self.seed, *path, index),
+                max_tokens=limit,
+                temperature=stage_temperature(self.config, stage),
+                tag=_Tag(pending.step, pending.slot, part, index),
             )
             for index in range(count)
         ]
+
+
+def learning_stages(algorithm: str) -> tuple[Stage, ...]:
+    """The stages whose tokens learn: GRPO's only one, iGRPO's refinements, or with ``igrpo-joint`` both."""
+    stages: dict[str, tuple[Stage, ...]] = {
+        "grpo": ("stage1",),
+        "igrpo": ("stage2",),
+        "igrpo-joint": ("stage1", "stage2"),
+    }
+    return stages[algorithm]
+
+
+def learning_groups(rollout: Rollout, algorithm: str) -> tuple[Group, ...]:
+    """The groups of one rollout whose tokens learn (see :func:`learning_stages`), without its replays."""
+    stages = learning_stages(algorithm)
+    return tuple(group for group in rollout.groups if group.stage in stages)
 
 
 def stage1_size(options: RolloutOptions) -> int:
@@ -177,7 +333,10 @@ def stage_temperature(options: RolloutOptions, stage: Stage) -> float:
     return options.draft_temperature if drafts and options.draft_temperature is not None else options.temperature
 
 
-def _slot_and_index(request: Request) -> tuple[int, int]:
-    tag = request.tag
-    assert isinstance(tag, _Tag)
-    return tag.slot, tag.index
+def _tag(request: Request) -> _Tag:
+    assert isinstance(request.tag, _Tag)
+    return request.tag
+
+
+def _tuples(entry: Mapping[str, Any]) -> dict[str, Any]:
+    return {name: tuple(value) if isinstance(value, list) else value for name, value in entry.items()}

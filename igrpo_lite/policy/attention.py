@@ -1,4 +1,4 @@
-"""Attention with grouped keys (GQA) and an explicit mask, without copying the keys for every query head.
+"""The attention function that models are loaded with: grouped keys (GQA) under an explicit mask, and token trees.
 
 transformers' own ``sdpa`` repeats keys and values once per query head as soon as a mask is given. In decoding, and in
 rows over a shared prompt, that copy is most of the traffic. Folding the heads that share a key head into the query
@@ -15,6 +15,8 @@ from transformers import AttentionInterface
 from transformers.integrations.sdpa_attention import sdpa_attention_forward
 from transformers.masking_utils import AttentionMaskInterface, sdpa_mask
 
+from igrpo_lite.policy.tree_attention import TreePlan
+
 GROUPED_SDPA = "grouped_sdpa"
 """Name to load a model with (``attn_implementation``), once :func:`register` has run."""
 
@@ -27,12 +29,16 @@ def grouped_attention(
     attention_mask: Tensor | None,
     dropout: float = 0.0,
     scaling: float | None = None,
+    token_trees: TreePlan | None = None,
     **kwargs: Any,
 ) -> tuple[Tensor, None]:
     """Attention of ``query [B, H, T, D]`` over ``key``, ``value [B, H / n, L, D]`` under ``mask [B, 1, T, L]``.
 
-    Falls back to transformers' ``sdpa`` where there is no mask (its causal kernels need none) or nothing to fold.
+    Falls back to transformers' ``sdpa`` where there is no mask (its causal kernels need none) or nothing to fold. Given
+    packed ``token_trees``, their plan attends instead and the mask is not looked at.
     """
+    if token_trees is not None:
+        return token_trees.attend(module, query, key, value, scaling, **kwargs), None
     groups = getattr(module, "num_key_value_groups", 1)
     biased = kwargs.get("position_bias") is not None
     if attention_mask is None or attention_mask.shape[1] != 1 or groups == 1 or biased:

@@ -6,34 +6,60 @@ keeps every other row out of the head.
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from dataclasses import dataclass
 
 import torch
 from torch import Tensor, nn
 from transformers import PreTrainedModel
 
-Head = Callable[[Tensor], Tensor]
+
+@dataclass(frozen=True, slots=True)
+class Head:
+    """What makes logits of hidden states: a linear map and what the architecture does to its output.
+
+    Attributes:
+        module: the linear layer.
+        factor: the logits are multiplied by it (Cohere; Granite divides).
+        cap: and softly capped to this size (Gemma 2).
+    """
+
+    module: nn.Linear
+    factor: float = 1.0
+    cap: float | None = None
+
+    @property
+    def weight(self) -> Tensor:
+        """``[V, H]``."""
+        return self.module.weight
+
+    @property
+    def bias(self) -> Tensor | None:
+        """``[V]``, where there is one."""
+        return self.module.bias
+
+    def __call__(self, hidden: Tensor) -> Tensor:
+        """Logits ``[..., V]`` of ``hidden [..., H]``, in float32."""
+        return self.shape_(self.module(hidden.to(self.weight.dtype)).float())
+
+    def shape_(self, logits: Tensor) -> Tensor:
+        """The factor and the cap, in place."""
+        if self.factor != 1.0:
+            logits *= self.factor
+        return logits if self.cap is None else logits.div_(self.cap).tanh_().mul_(self.cap)
+
+    def slope(self, logits: Tensor) -> Tensor | None:
+        """Derivative of the cap at finished ``logits``; ``None`` without one."""
+        return None if self.cap is None else 1.0 - (logits / self.cap).square_()
 
 
 def split_heads(model: PreTrainedModel) -> tuple[nn.Module, Head]:
-    """Backbone and head of a causal language model; ``head(hidden [..., H]) -> logits [..., V]`` in float32.
-
-    Applies the logit scaling and soft-capping of the architectures that have one. :func:`check_split` verifies it.
-    """
+    """Backbone and head of a causal language model. :func:`check_split` verifies that they are all there is."""
     config = model.config.get_text_config() if hasattr(model.config, "get_text_config") else model.config
     backbone = model.get_decoder() if hasattr(model, "get_decoder") else model.base_model
-    weight_head = model.get_output_embeddings()
-    divisor = float(getattr(config, "logits_scaling", None) or 1.0)  # Granite
-    factor = float(getattr(config, "logit_scale", None) or 1.0) / divisor  # Cohere
-    cap = getattr(config, "final_logit_softcapping", None)  # Gemma 2
-
-    def head(hidden: Tensor) -> Tensor:
-        logits = weight_head(hidden.to(weight_head.weight.dtype)).float()
-        if factor != 1.0:
-            logits = logits * factor
-        return torch.tanh(logits / cap) * cap if cap else logits
-
-    return backbone, head
+    divisor = float(getattr(config, "logits_scaling", None) or 1.0)
+    factor = float(getattr(config, "logit_scale", None) or 1.0) / divisor
+    cap = getattr(config, "final_logit_softcapping", None)
+    return backbone, Head(model.get_output_embeddings(), factor, cap)
 
 
 @torch.no_grad()

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass
@@ -19,6 +20,7 @@ from transformers import (
     AutoTokenizer,
     PreTrainedTokenizerBase,
 )
+from transformers.pytorch_utils import Conv1D
 from transformers.utils import logging as transformers_logging
 
 from igrpo_lite.config import ModelOptions
@@ -80,11 +82,15 @@ def load_policy(options: ModelOptions, seed: int, adapter: Path | None = None) -
 def _fresh_adapter(model: Any, options: ModelOptions, seed: int) -> PeftModel:
     # Seeded immediately before the adapter is drawn, so that nothing that happens while loading can shift it.
     torch.manual_seed(seed)
-    targets = options.lora_target_modules
+    targets: Any = list(options.lora_target_modules)
+    layers = adapter_layers(options.lora_layers, model.config.get_text_config().num_hidden_layers)
+    if targets == ["all-linear"]:  # PEFT's own word for it, which it does not take together with a choice of layers
+        targets = "all-linear" if layers is None else linear_names(model)
     config = LoraConfig(
         r=options.lora_r,
         lora_alpha=options.lora_alpha or options.lora_r,
-        target_modules="all-linear" if targets == ["all-linear"] else list(targets),
+        target_modules=targets,
+        layers_to_transform=layers,
         task_type="CAUSAL_LM",
     )
     try:
@@ -92,7 +98,29 @@ def _fresh_adapter(model: Any, options: ModelOptions, seed: int) -> PeftModel:
     except ValueError as error:
         raise ModelError(f"lora_target_modules: {_first_line(error)}") from error
     assert isinstance(peft_model, PeftModel)
+    if not isinstance(model.get_output_embeddings(), nn.Linear):
+        raise ModelError(
+            "lora_target_modules: the output layer (lm_head) cannot have an adapter, because the loss runs over it in "
+            "pieces, as a frozen matrix; leave it out"
+        )
     return peft_model
+
+
+def linear_names(model: Any) -> list[str]:
+    """The names of the linear layers that ``all-linear`` means: all but the output layer."""
+    head = model.get_output_embeddings()
+    linear = [name for name, m in model.named_modules() if isinstance(m, (nn.Linear, Conv1D)) and m is not head]
+    return sorted({name.rpartition(".")[2] for name in linear})
+
+
+def adapter_layers(spec: str, num_layers: int) -> list[int] | None:
+    """Indices of the layers that ``lora_layers`` names; ``None`` for all of them."""
+    part = re.split("[ -]", spec)[-1]
+    if part == "all":
+        return None
+    shares = {"half": 2, "third": 3, "quarter": 4}
+    count = round(num_layers / shares[part]) if part in shares else int(part)
+    return list(range(max(0, num_layers - max(1, count)), num_layers))
 
 
 def _saved_adapter(model: Any, folder: Path) -> PeftModel:

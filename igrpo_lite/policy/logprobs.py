@@ -1,137 +1,189 @@
-"""Log-probabilities of completion tokens under the policy, with gradient, and never of anything else.
+"""Log-probabilities of chosen completion tokens under the policy, with gradient, and never of anything else.
 
-Two layouts compute the same numbers:
+Two layouts bring the tokens to the model; both give the same numbers:
 
-* ``shared_prefix`` runs a group's prompt once and its completions as rows over the prompt's keys and values: prompt
-  plus completions tokens instead of (prompt + completion) for each. In stage 2 the draft stands in the prompt, so this
-  is most of the work saved.
-* ``rows`` repeats the prompt in every row; for models whose layers do not all attend to everything, and with gradient
-  checkpointing, under which transformers keeps no keys and values.
+* :class:`TreeLayout`: packed token trees, each distinct node once (:mod:`igrpo_lite.policy.tree`). In stage 2 the draft
+  stands in the prompt, so this is about half the tokens of separate rows.
+* :class:`RowLayout`: right-padded rows of similar length, for models whose attention cannot take a tree: sliding
+  windows, other attention functions than ours.
 """
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
+from typing import NamedTuple, Protocol
 
+import numpy as np
 import torch
 from torch import Tensor, nn
-from torch.utils.checkpoint import checkpoint
-from transformers import DynamicCache, PreTrainedModel
+from transformers import PreTrainedModel
 
-from igrpo_lite.policy.heads import Head, split_heads
-
-HEAD_CHUNK_TOKENS = 1024
-"""Hidden states that pass the head at once; beyond it logits are recomputed in the backward pass, not kept."""
+from igrpo_lite.policy.attention import GROUPED_SDPA
+from igrpo_lite.policy.chunked_head import head_logprobs
+from igrpo_lite.policy.heads import split_heads
+from igrpo_lite.policy.tree import Branch, grow, pack
+from igrpo_lite.policy.tree_attention import plan_trees
 
 
 @dataclass(slots=True)
 class TokenLogprobs:
-    """Of ``B`` completions of one prompt, right-padded to ``T``: log-probabilities, entropies (nats, no gradient) and
-    the mask of real tokens, all ``[B, T]``."""
+    """Of the chosen tokens of ``B`` branches, right-padded to the largest number ``K`` of them.
+
+    Attributes:
+        logprobs: ``[B, K]``, 0 where padded.
+        entropies: nats, without gradient, ``[B, K]``.
+        mask: real tokens, ``[B, K]``.
+        backbone_tokens: places that went through the layers, padding included.
+        head_rows: states that went through the head.
+    """
 
     logprobs: Tensor
     entropies: Tensor
     mask: Tensor
+    backbone_tokens: int
+    head_rows: int
 
 
-Layout = Callable[[nn.Module, Sequence[int], Sequence[Sequence[int]], torch.device], Tensor]
+class States(NamedTuple):
+    """Hidden states ``[M, H]`` and, for each branch, which of them predict its chosen tokens."""
+
+    hidden: Tensor
+    places: list[np.ndarray]
 
 
-def completion_logprobs(
-    model: PreTrainedModel,
-    prompt: Sequence[int],
-    completions: Sequence[Sequence[int]],
-    temperature: float,
-    layout: Layout | None = None,
-) -> TokenLogprobs:
-    """Log-probability of every token of ``completions`` after ``prompt``, under logits divided by ``temperature``.
+class Layout(Protocol):
+    """How branches become the model's input."""
+
+    def batches(self, branches: Sequence[Branch], budget: int) -> Iterator[list[int]]:
+        """Split into micro-batches of at most ``budget`` tokens through the model; indices into ``branches``."""
+        ...
+
+    def run(self, backbone: nn.Module, branches: Sequence[Branch]) -> States:
+        """The model's states for one micro-batch."""
+        ...
+
+
+def chosen_logprobs(model: PreTrainedModel, branches: Sequence[Branch], layout: Layout | None = None) -> TokenLogprobs:
+    """Log-probability of every chosen token after what stands before it, and the entropy there.
 
     Args:
-        model: causal language model without PEFT's outer wrapper (its layers may be adapted).
-        layout: :func:`shared_prefix` or :func:`rows`; unset: :func:`best_layout`.
+        model: causal language model without PEFT's outer wrapper (its layers may be adapted, its head not).
+        branches: one micro-batch; those of one prompt next to each other, as :meth:`Layout.batches` gives them.
+        layout: unset: :func:`best_layout`.
     """
-    device = next(model.parameters()).device
     backbone, head = split_heads(model)
-    layout = layout or best_layout(model)
-    hidden = layout(backbone, prompt, completions, device)  # [B, T, H]: the state that predicts each token
-    targets, mask = pad_rows(completions, device)
-    logprobs, entropies = hidden.new_zeros(mask.shape, dtype=torch.float32), torch.zeros(mask.shape, device=device)
-    picked, entropy = head_logprobs(head, hidden[mask], targets[mask], temperature)
-    return TokenLogprobs(logprobs.masked_scatter(mask, picked), entropies.masked_scatter(mask, entropy), mask)
+    hidden, places = (layout or best_layout(model)).run(backbone, branches)
+    mask, pairs, place, target, temperature = _head_rows(branches, places)
+    device = hidden.device
+    states = hidden[torch.from_numpy(place).to(device)]
+    logprobs, entropies = head_logprobs(
+        head, states, torch.from_numpy(target).to(device), torch.from_numpy(temperature).to(device)
+    )
+    mask = mask.to(device)
+    chosen = torch.from_numpy(pairs).to(device)
+    empty = torch.zeros(mask.shape, device=device)
+    return TokenLogprobs(
+        empty.masked_scatter(mask, logprobs[chosen]),
+        empty.masked_scatter(mask, entropies[chosen]),
+        mask,
+        hidden.shape[0],
+        len(place),
+    )
 
 
 def best_layout(model: PreTrainedModel) -> Layout:
-    """:func:`shared_prefix` where every layer attends to everything and keys are kept, else :func:`rows`."""
+    """Trees where the model takes them (every layer attends to everything through our function), else rows."""
     config = model.config.get_text_config()
     kinds = set(getattr(config, "layer_types", None) or ["full_attention"])
-    recomputed = bool(getattr(model, "is_gradient_checkpointing", False))
-    full = kinds == {"full_attention"} and (getattr(config, "sliding_window", None) is None or "layer_types" in config)
-    return shared_prefix if full and not recomputed else rows
+    windows = getattr(config, "sliding_window", None) is not None and "layer_types" not in config
+    ours = getattr(config, "_attn_implementation", None) == GROUPED_SDPA
+    capped = getattr(config, "attn_logit_softcapping", None) is not None  # our function knows of no cap
+    fits = kinds == {"full_attention"} and ours and not windows and not capped
+    return TreeLayout() if fits and _takes_trees(model) else RowLayout()
 
 
-def shared_prefix(
-    backbone: nn.Module, prompt: Sequence[int], completions: Sequence[Sequence[int]], device: torch.device
-) -> Tensor:
-    """Hidden states ``[B, T, H]`` that predict the completions' tokens; the prompt runs once."""
-    cache = DynamicCache()
-    ids = torch.tensor([list(prompt)], device=device)
-    first = backbone(input_ids=ids, past_key_values=cache, use_cache=True).last_hidden_state[:, -1:]
-    tokens, _ = pad_rows(completions, device)
-    batch, width = tokens.shape
-    first = first.expand(batch, -1, -1)
-    if width == 1:
-        return first
-    for layer in cache.layers:
-        layer.keys = layer.keys.expand(batch, -1, -1, -1)
-        layer.values = layer.values.expand(batch, -1, -1, -1)
-    # The last token predicts nothing. What pads on the right is causally invisible to what comes before.
-    position = torch.arange(len(prompt), len(prompt) + width - 1, device=device)
-    seen = torch.arange(len(prompt) + width - 1, device=device)[None, :] <= position[:, None]
-    rest = backbone(
-        input_ids=tokens[:, :-1],
-        position_ids=position.expand(batch, -1),
-        attention_mask=seen[None, None],  # one for all rows: it is kept for the backward pass in every layer
-        past_key_values=cache,
-        use_cache=True,
-    ).last_hidden_state
-    return torch.cat([first, rest], dim=1)
+@torch.no_grad()
+def _takes_trees(model: PreTrainedModel) -> bool:
+    """Whether a small tree gives what rows give: some architectures do not hand to their attention what they do not
+    know (StableLM, Nemotron)."""
+    ids = tuple(token % model.config.get_text_config().vocab_size for token in range(3, 15))
+    completions = (ids[4:9], ids[4:6] + ids[9:], ids[:3])
+    probe = [Branch(ids[:4], completion, (len(completion) - 1,)) for completion in completions]
+    probe.append(Branch(ids[2:4], ids[5:], (1, 6)))
+    try:
+        trees = chosen_logprobs(model, probe, TreeLayout())
+    except (RuntimeError, TypeError):
+        return False
+    rows = chosen_logprobs(model, probe, RowLayout())
+    return bool(torch.allclose(trees.logprobs, rows.logprobs, rtol=0.02, atol=0.05))
 
 
-def rows(
-    backbone: nn.Module, prompt: Sequence[int], completions: Sequence[Sequence[int]], device: torch.device
-) -> Tensor:
-    """Hidden states ``[B, T, H]`` that predict the completions' tokens; every row holds prompt and completion."""
-    tokens, _ = pad_rows([[*prompt, *completion[:-1]] for completion in completions], device)
-    hidden = backbone(input_ids=tokens, use_cache=False).last_hidden_state
-    return hidden[:, len(prompt) - 1 :]
+class TreeLayout:
+    """Packed token trees: ``batches`` counts distinct nodes."""
+
+    def batches(self, branches: Sequence[Branch], budget: int) -> Iterator[list[int]]:
+        return pack(branches, budget)
+
+    def run(self, backbone: nn.Module, branches: Sequence[Branch]) -> States:
+        trees = grow(branches)
+        weight = next(backbone.parameters())
+        plan = plan_trees(trees, weight.device, weight.dtype)
+        ids, depth = (np.concatenate([getattr(tree, name) for tree in trees]) for name in ("ids", "depth"))
+        padding = (0, -len(ids) % plan.pad)
+        tokens, positions = (torch.from_numpy(np.pad(row, padding))[None].to(weight.device) for row in (ids, depth))
+        hidden = backbone(
+            input_ids=tokens,
+            position_ids=positions,
+            # Any mask of four dimensions is taken as it is, which keeps transformers from making a dense one. An empty
+            # one fits no scores, so that a model that loses the trees on the way to its attention fails.
+            attention_mask=weight.new_zeros(1, 1, 0, 0),
+            token_trees=plan,
+            use_cache=False,
+        ).last_hidden_state[0]
+        starts = np.cumsum([0, *map(len, trees)])
+        return States(hidden, [start + p for start, t in zip(starts, trees, strict=False) for p in t.predictors])
 
 
-def head_logprobs(head: Head, hidden: Tensor, targets: Tensor, temperature: float) -> tuple[Tensor, Tensor]:
-    """Log-probability and entropy of selected positions, ``hidden [N, H]`` and ``targets [N]``, in chunks.
+class RowLayout:
+    """Right-padded rows of prompt and completion, sorted by length and trimmed to the longest of a micro-batch."""
 
-    No ``[N, V]`` tensor outlives its chunk: with several chunks each is recomputed in the backward pass.
-    """
+    def batches(self, branches: Sequence[Branch], budget: int) -> Iterator[list[int]]:
+        taken: list[int] = []
+        for row in sorted(range(len(branches)), key=lambda row: _row_length(branches[row])):
+            if taken and (len(taken) + 1) * _row_length(branches[row]) > budget:
+                yield taken
+                taken = []
+            taken.append(row)
+        if taken:
+            yield taken
 
-    def piece(h: Tensor, t: Tensor) -> tuple[Tensor, Tensor]:
-        logprobs = torch.log_softmax(head(h) / temperature, dim=-1)
-        entropy = -(logprobs.detach().exp() * logprobs.detach()).sum(dim=-1)
-        return logprobs.gather(1, t[:, None])[:, 0], entropy
+    def run(self, backbone: nn.Module, branches: Sequence[Branch]) -> States:
+        width = max(map(_row_length, branches))
+        ids = np.zeros((len(branches), width), dtype=np.int64)
+        for row, branch in enumerate(branches):
+            ids[row, : _row_length(branch)] = (*branch.prompt, *branch.path)
+        tokens = torch.from_numpy(ids).to(next(backbone.parameters()).device)
+        hidden = backbone(input_ids=tokens, use_cache=False).last_hidden_state
+        places = [
+            row * width + len(branch.prompt) - 1 + np.array(branch.indices) for row, branch in enumerate(branches)
+        ]
+        return States(hidden.flatten(0, 1), places)
 
-    chunks = list(zip(hidden.split(HEAD_CHUNK_TOKENS), targets.split(HEAD_CHUNK_TOKENS), strict=True))
-    if len(chunks) == 1 or not hidden.requires_grad:
-        parts = [piece(h, t) for h, t in chunks]
-    else:
-        parts = [checkpoint(piece, h, t, use_reentrant=False) for h, t in chunks]
-    return torch.cat([p for p, _ in parts]), torch.cat([e for _, e in parts])
+
+def _row_length(branch: Branch) -> int:
+    return len(branch.prompt) + len(branch.path)
 
 
-def pad_rows(sequences: Sequence[Sequence[int]], device: torch.device) -> tuple[Tensor, Tensor]:
-    """Token ids right-padded with 0, and the mask of real ones, both ``[B, T]``."""
-    width = max(map(len, sequences))
-    ids = torch.zeros(len(sequences), width, dtype=torch.long)
-    mask = torch.zeros(len(sequences), width, dtype=torch.bool)
-    for row, sequence in enumerate(sequences):
-        ids[row, : len(sequence)] = torch.tensor(sequence)
-        mask[row, : len(sequence)] = True
-    return ids.to(device), mask.to(device)
+def _head_rows(
+    branches: Sequence[Branch], places: Sequence[np.ndarray]
+) -> tuple[Tensor, np.ndarray, np.ndarray, np.ndarray, np.ndarray]:
+    """The distinct (state, target, temperature) to be scored, and which of them each chosen token is."""
+    counts = [len(branch.indices) for branch in branches]
+    mask = torch.arange(max(counts))[None, :] < torch.tensor(counts)[:, None]
+    targets = np.concatenate([np.array(branch.targets) for branch in branches])
+    temperatures = np.repeat(np.array([branch.temperature for branch in branches], dtype=np.float32), counts)
+    kinds, kind = np.unique(temperatures, return_inverse=True)
+    key = (np.concatenate(list(places)) * (targets.max() + 1) + targets) * len(kinds) + kind
+    _, first, pairs = np.unique(key, return_index=True, return_inverse=True)
+    return mask, pairs, np.concatenate(list(places))[first], targets[first], temperatures[first]

@@ -107,6 +107,11 @@ class Scorer:
     def __exit__(self, *_: object) -> None:
         self.close()
 
+    @property
+    def in_worker(self) -> bool:
+        """Whether a worker process computes some of the rewards, so that scoring is mostly waiting."""
+        return bool(self.failures)
+
     def close(self) -> None:
         """Ends the worker process, if one was started."""
         self._worker.close()

@@ -36,16 +36,48 @@ class Request:
 
 OnFinished = Callable[[Request, Completion], Iterable[Request]]
 
+Poll = Callable[[bool], Iterable[Request]]
+"""Asked for further requests after every decoding step, with whether nothing is left to decode. Then it may wait for
+what else goes on (a reward being computed); if it returns nothing even so, the run ends."""
+
 
 class Sampler(Protocol):
-    """Samples completions from the policy, pure temperature sampling without top-p, top-k or min-p."""
+    """Samples completions from the policy, pure temperature sampling without top-p, top-k or min-p.
 
-    def run(self, requests: Sequence[Request], on_finished: OnFinished | None = None) -> list[Completion]:
+    Attributes:
+        decode_steps, sampled_tokens, prefill_tokens, cached_tokens: counted since it was made: steps of the running
+            batch, tokens sampled, prompt tokens computed, and prompt tokens that were not because they were known.
+    """
+
+    decode_steps: int
+    sampled_tokens: int
+    prefill_tokens: int
+    cached_tokens: int
+
+    def run(
+        self, requests: Sequence[Request], on_finished: OnFinished | None = None, poll: Poll | None = None
+    ) -> list[Completion]:
         """Completions of ``requests``, in their order; those of follow-up requests reach ``on_finished`` only."""
         ...
 
     def load_adapter(self) -> None:
         """Take over the policy's current adapter weights; call after every optimizer step."""
+        ...
+
+    def sleep(self) -> None:
+        """Give memory back for the time of an update, where the engine can."""
+        ...
+
+    def wake(self) -> None:
+        """Take it again; call before :meth:`run`, and before :meth:`load_adapter`."""
+        ...
+
+    def rebuild(self) -> None:
+        """Make the engine anew, with the policy's current adapter; nothing may be running."""
+        ...
+
+    def close(self) -> None:
+        """Free everything; the sampler is of no use afterwards."""
         ...
 
 

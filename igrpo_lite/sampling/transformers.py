@@ -20,7 +20,7 @@ from transformers import DynamicCache, PreTrainedModel, PreTrainedTokenizerBase
 from igrpo_lite.policy.heads import split_heads
 from igrpo_lite.policy.loading import Policy
 from igrpo_lite.prompts import PromptBuilder
-from igrpo_lite.sampling.base import OnFinished, Request
+from igrpo_lite.sampling.base import OnFinished, Poll, Request
 from igrpo_lite.sampling.replica import Replica
 from igrpo_lite.sampling.slots import PrefixKV, SlotCache
 from igrpo_lite.types import Completion
@@ -33,7 +33,7 @@ class TransformersSampler:
     """Implements :class:`igrpo_lite.sampling.base.Sampler` on the policy's own transformers model.
 
     Results depend on a request's seed and prompt only, not on what else is in the batch (up to floating-point ties
-    between batch shapes). Counters ``decode_steps``, ``sampled_tokens`` and ``prefill_tokens`` accumulate.
+    between batch shapes). ``cached_tokens`` are those of requests that shared another's prefill.
 
     Args:
         replica: gives the module to run and follows the policy's adapter.
@@ -53,14 +53,29 @@ class TransformersSampler:
         self.decode_steps = 0
         self.sampled_tokens = 0
         self.prefill_tokens = 0
+        self.cached_tokens = 0
 
     def load_adapter(self) -> None:
         self.replica.refresh()
 
+    def sleep(self) -> None:
+        """Nothing is held between runs."""
+
+    def wake(self) -> None:
+        """Nothing to take again."""
+
+    def rebuild(self) -> None:
+        """Nothing to make anew."""
+
+    def close(self) -> None:
+        """Nothing to free."""
+
     @torch.no_grad()
-    def run(self, requests: Sequence[Request], on_finished: OnFinished | None = None) -> list[Completion]:
+    def run(
+        self, requests: Sequence[Request], on_finished: OnFinished | None = None, poll: Poll | None = None
+    ) -> list[Completion]:
         with self.replica as model:
-            return _Run(self, model, on_finished).drain(requests)
+            return _Run(self, model, on_finished).drain(requests, poll)
 
 
 def make_sampler(policy: Policy, prompts: PromptBuilder, max_num_seqs: int) -> TransformersSampler:
@@ -85,9 +100,14 @@ class _Run:
         self.rows = _Rows(sampler.max_num_seqs, self.device)
         self.completions: dict[int, Completion] = {}
 
-    def drain(self, requests: Sequence[Request]) -> list[Completion]:
+    def drain(self, requests: Sequence[Request], poll: Poll | None) -> list[Completion]:
         self.submit(requests)
-        while self.waiting or self.cache.live:
+        while True:
+            idle = not (self.waiting or self.cache.live)
+            if poll is not None:
+                self.submit(list(poll(idle)))
+            if idle and not self.waiting:
+                break
             free = self.sampler.max_num_seqs - self.cache.live
             # Joining costs a forward pass of its own, so single free slots are gathered while others still decode.
             if self.waiting and (
@@ -106,7 +126,9 @@ class _Run:
     def admit(self, free: int) -> None:
         """Prefill waiting prompts and sample the first token of their completions."""
         taken = [self.waiting.popleft() for _ in range(min(free, len(self.waiting)))]
+        known = sum(len(request.prompt.ids) for request in taken) + self.sampler.prefill_tokens
         self.prefill(taken)
+        self.sampler.cached_tokens += known - self.sampler.prefill_tokens
         logits = []
         for ids, group in groupby(request.prompt.ids for request in taken):
             count = len(list(group))

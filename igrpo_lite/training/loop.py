@@ -9,24 +9,29 @@ from contextlib import suppress
 from dataclasses import asdict
 from typing import Any
 
+from igrpo_lite.algorithms.dynamic import Batch, with_signal
 from igrpo_lite.algorithms.rollout import Rollout, RolloutCollector
 from igrpo_lite.config import RunConfig
-from igrpo_lite.errors import RewardError, RunFolderError
+from igrpo_lite.errors import RewardError, RunFolderError, SamplerError
 from igrpo_lite.evaluation.evaluate import evaluate
+from igrpo_lite.policy.fingerprint import base_fingerprint
 from igrpo_lite.report.screen import EvaluationName, Screen
 from igrpo_lite.report.trackers import Trackers
 from igrpo_lite.rewards.custom import in_short
 from igrpo_lite.rewards.scorer import Calls
+from igrpo_lite.sampling.parity import probe
 from igrpo_lite.training.checkpoint import Checkpoints, restore, save_adapter, take_back
 from igrpo_lite.training.health import Health
 from igrpo_lite.training.interrupt import Interrupt
+from igrpo_lite.training.memory import memory
 from igrpo_lite.training.metrics import step_metrics
 from igrpo_lite.training.prepare import Prepared
 from igrpo_lite.training.records import rollout_record, shown_samples
 from igrpo_lite.training.run_folder import Records, RunFolder
-from igrpo_lite.training.schedule import batch_indices, learning_rate
+from igrpo_lite.training.schedule import batch_indices, learning_rate, other_indices
 from igrpo_lite.training.state import Progress, Stop
 from igrpo_lite.training.update import PolicyUpdate
+from igrpo_lite.types import Problem
 
 
 class Trainer:
@@ -43,7 +48,7 @@ class Trainer:
         self.update = PolicyUpdate(parts.policy, config)
         self.health = Health(config)
         self.checkpoints = Checkpoints(folder.checkpoints, config.save_total_limit)
-        self.progress = Progress(fingerprint=parts.fingerprint())
+        self.progress = Progress(fingerprint=parts.fingerprint(), base=base_fingerprint(parts.policy))
         self.collector = RolloutCollector(
             parts.sampler, parts.scorer, parts.prompts, config, config.seed, self._heartbeat
         )
@@ -59,9 +64,10 @@ class Trainer:
         """Train until ``max_steps`` or until something asks to stop; everything is saved either way."""
         self._resume()
         try:
+            self._check_parity()
             while True:
                 # Before the stop is looked at, and again on resume: a run stopped here must not miss its evaluation.
-                if self._evaluation_due() and not interrupt.requested:
+                if self._evaluation_due() and not interrupt.requested and self._fatal is None:
                     self._evaluate()
                 stop = self._stop(interrupt)
                 if self._save_due(stop):
@@ -69,18 +75,20 @@ class Trainer:
                 if stop is not None or self.progress.step >= self.config.max_steps:
                     break
                 self._guarded_step()
+                self._maintain_sampler()
             save_adapter(self.parts.policy, self.folder.adapter)
-            return stop
+            return self._changed_base() or stop
         finally:
+            self.collector.close()
             self.metrics.close()
             self.samples.close()
 
     def _guarded_step(self) -> None:
         try:
             self._step()
-        except RewardError:
-            # The policy still is what it was after the last step, so keep that. Once the reward is mended, its earlier
-            # failures must not count against it.
+        except (RewardError, SamplerError):
+            # The policy is what it was after the last complete step, so keep that. Once the reward is mended, its
+            # earlier failures must not count against it.
             for name in self.parts.scorer.failures:
                 self.parts.scorer.failures[name] = Calls()
             with suppress(RunFolderError):
@@ -91,21 +99,25 @@ class Trainer:
         """One iteration of algorithm 1 (arXiv 2602.09000): rollouts, rewards and draft choice, update, new sampler."""
         config, started = self.config, time.perf_counter()
         step = self.progress.step
-        chosen = batch_indices(len(self.parts.train), config.prompts_per_step, step, config.seed)
-        problems = [self.parts.train[index] for index in chosen]  # S problems
-        self.collector.reward_seconds = 0.0
-        rollouts = self.collector.collect(problems, step)  # drafts, scores, best draft, refinements, scores
+        self.collector.reward_seconds, before = 0.0, self._engine()
+        problems, upcoming = self._problems(step), self._problems(step + 1)  # S problems each
+        # Drafts, scores, best draft, refinements, scores:
+        rollouts = self.collector.collect(problems, step, upcoming=upcoming)
+        batch = self._with_signal(rollouts)  # dynamic sampling, where asked for
         sampled = time.perf_counter()
         rate = learning_rate(step, config.max_steps, config)
-        stats = self.update.step(rollouts, rate)  # advantages, log-probabilities, loss, optimizer step
-        self.parts.sampler.load_adapter()  # the next step samples from the new policy
+        self.parts.sampler.sleep()
+        stats = self.update.step(batch.kept, step, rate)  # advantages, tokens, log-probabilities, loss, optimizer step
         ended = time.perf_counter()
 
         self.progress.step += 1
+        self.progress.drafted = self.collector.drafted()
         metrics: dict[str, Any] = {"kind": "step", "step": self.progress.step} | step_metrics(
-            rollouts, stats, self.parts.prompts
+            batch, stats, self.parts.prompts
         )
         metrics["learning_rate"] = rate
+        metrics |= {f"engine/{name}": count - before[name] for name, count in self._engine().items()}
+        metrics["memory"] = memory(self.parts.policy.device)
         metrics["reward_failures"] = sum(calls.failed for calls in self.parts.scorer.failures.values())
         metrics["time"] = self.progress.clock(
             rollout=sampled - started - self.collector.reward_seconds,
@@ -114,7 +126,62 @@ class Trainer:
         )
         metrics["time"]["step"] = ended - started
         metrics["time"]["tokens_per_second"] = metrics["tokens/sampled"] / (ended - started)
-        self._report(rollouts, metrics)
+        self._report(batch.sampled, metrics)
+        self._synchronise()  # the next step samples from the new policy
+
+    def _synchronise(self) -> None:
+        # Last in a step: should the engine fail, the step is complete and can be saved.
+        started = time.perf_counter()
+        self.parts.sampler.wake()
+        self.parts.sampler.load_adapter()
+        self.progress.clock(synchronisation=time.perf_counter() - started)
+
+    def _maintain_sampler(self) -> None:
+        """What long runs need of their sampler every so many steps: a new engine, a new proof of parity."""
+        step, config = self.progress.step, self.config
+        if config.rebuild_steps and step % config.rebuild_steps == 0:
+            self.parts.sampler.rebuild()
+        if config.parity_steps and step % config.parity_steps == 0 and step < config.max_steps:
+            self._check_parity()
+
+    def _check_parity(self) -> None:
+        """Stop the run if the sampler does not sample from the policy."""
+        if not self.config.parity_steps or self.progress.step >= self.config.max_steps:
+            return
+        started = time.perf_counter()
+        prompts = [self.parts.prompts.first(problem.question) for problem in self.parts.train[:4]]
+        parity = probe(self.parts.policy, self.parts.sampler, prompts, self.config.temperature)
+        times = self.progress.clock(parity=time.perf_counter() - started)
+        self.metrics.append({"kind": "parity", "step": self.progress.step} | parity.record() | {"time": times})
+        self._fatal = self._fatal or parity.failure()
+
+    def _changed_base(self) -> Stop | None:
+        """The frozen weights must be what they were when the run began."""
+        if base_fingerprint(self.parts.policy) == self.progress.base:
+            return None
+        return Stop(
+            "diagnosis",
+            "the frozen weights of the model have changed during the run, so the adapter does not fit the model that "
+            "it was started with; please report this",
+        )
+
+    def _problems(self, step: int) -> list[Problem]:
+        """Those of a step; none after the last."""
+        if step >= self.config.max_steps:
+            return []
+        indices = batch_indices(len(self.parts.train), self.config.prompts_per_step, step, self.config.seed)
+        return [self.parts.train[index] for index in indices]
+
+    def _engine(self) -> dict[str, int]:
+        names = ("decode_steps", "prefill_tokens", "cached_tokens")
+        return {name: getattr(self.parts.sampler, name) for name in names}
+
+    def _with_signal(self, rollouts: Sequence[Rollout]) -> Batch:
+        """The step's rollouts, those that teach nothing replaced by other problems' (DAPO)."""
+        step, train = self.progress.step, self.parts.train
+        chosen = batch_indices(len(train), self.config.prompts_per_step, step, self.config.seed)
+        others = (train[index] for index in other_indices(len(train), chosen, step, self.config.seed))
+        return with_signal(rollouts, others, self.config, lambda more, slot: self.collector.collect(more, step, slot))
 
     def _report(self, rollouts: Sequence[Rollout], metrics: dict[str, Any]) -> None:
         self.metrics.append(metrics)
@@ -176,12 +243,17 @@ class Trainer:
             take_back(folder)
         found = self.checkpoints.latest()
         if found is not None:
-            fingerprint = self.progress.fingerprint
+            fingerprint, base = self.progress.fingerprint, self.progress.base
             self.progress = Progress.from_json(restore(found.path, self.parts.policy, self.update.optimizer))
             if self.progress.fingerprint != fingerprint:
                 raise RunFolderError(
                     f"the problems are not those that {self.folder.path} was started with (a changed data file?); "
                     "restore them, or use --fresh to start over"
+                )
+            if self.progress.base != base:
+                raise RunFolderError(
+                    f"the weights of {self.config.model} are not those that {self.folder.path} was started with (a new "
+                    "revision?); restore them, or use --fresh to start over"
                 )
             self.health.load_state(self.progress.health)
             if self.health.dead() is not None:
@@ -189,6 +261,7 @@ class Trainer:
             failures = {name: Calls(**calls) for name, calls in self.progress.reward_failures.items()}
             self.parts.scorer.failures.update(failures)
             self.parts.sampler.load_adapter()
+            self.collector.load_drafted(self.progress.drafted, self._problems(found.step), found.step)
             self._saved_step = self._resumed_step = found.step
             for damage in found.damaged:
                 self.screen.message(f"{damage}; going on from step {found.step}", "warning")

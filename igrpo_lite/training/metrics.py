@@ -7,27 +7,46 @@ from collections.abc import Sequence
 from typing import Any
 
 from igrpo_lite.algorithms.advantages import has_signal, reward_tensor
+from igrpo_lite.algorithms.dynamic import Batch
+from igrpo_lite.algorithms.replay import Replay
 from igrpo_lite.algorithms.rollout import Rollout
 from igrpo_lite.prompts import PromptBuilder
 from igrpo_lite.training.update import UpdateStats
 from igrpo_lite.types import Group
 
 
-def step_metrics(rollouts: Sequence[Rollout], update: UpdateStats, prompts: PromptBuilder) -> dict[str, Any]:
-    """One flat, JSON-able record of a step, without its step number and times."""
+def step_metrics(batch: Batch, update: UpdateStats, prompts: PromptBuilder) -> dict[str, Any]:
+    """One flat, JSON-able record of a step, without its step number and times.
+
+    Rewards and verdicts are over all that was sampled: over what dynamic sampling kept, they would be biased.
+    """
+    rollouts = batch.sampled
     metrics: dict[str, Any] = _stage("stage1", [r.stage1 for r in rollouts])
     refined = [r for r in rollouts if r.stage2 is not None]
     if refined:
         metrics |= _choice(rollouts, prompts)
         metrics |= _stage("stage2", [r.stage2 for r in refined if r.stage2 is not None])
         metrics |= _refinement(refined)
+    replays = [replay for r in rollouts for replay in r.replays]
+    if replays:
+        metrics |= _replay(replays)
+    if batch.rounds is not None:
+        metrics |= {
+            "dynamic/rounds": batch.rounds,
+            "dynamic/problems": len(batch.sampled),
+            "dynamic/kept": batch.informative,
+        }
     metrics |= {
         "loss": update.loss,
         "grad_norm": update.grad_norm,
         "entropy": update.entropy,
         "clip_ratio": update.clip_ratio,
+        "advantage": update.advantage,
+        "place": update.place,
+        "sampler_gap": update.sampler_gap,
         "learning_sequences": update.learning_sequences,
-        "tokens/sampled": sum(len(c.ids) for r in rollouts for g in r.groups for c in g.completions),
+        "tokens/sampled": sum(len(c.ids) for r in rollouts for g in r.groups for c in g.completions)
+        + sum(replay.sampled_tokens for replay in replays),
         "tokens/learning": update.learning_tokens,
         "tokens/backbone": update.backbone_tokens,
         "tokens/head": update.head_tokens,
@@ -84,6 +103,16 @@ def _refinement(rollouts: Sequence[Rollout]) -> dict[str, Any]:
         else:
             fixed += right
     return {"stage2/copied": _mean(copied), "stage2/fixed": _mean(fixed), "stage2/broke": _mean(broke)}
+
+
+def _replay(replays: Sequence[Replay]) -> dict[str, Any]:
+    continued = [score for replay in replays for score in replay.group.scores[1:]]
+    return {
+        "replay/count": len(replays),
+        "replay/start": _mean([replay.start / len(replay.source.ids) for replay in replays]),
+        "replay/informative": _mean([has_signal(reward_tensor(replay.group.scores)) for replay in replays]),
+        "replay/accuracy": _mean([score.reason == "correct" for score in continued]),
+    }
 
 
 def _mean(values: Sequence[Any]) -> float | None:

@@ -65,8 +65,8 @@ def prepare(config: RunConfig) -> Prepared:
             check_context(config, prompts, problem)
         policy = load_policy(config, config.seed)
         if config.gradient_checkpointing:
-            policy.model.gradient_checkpointing_enable()
-            policy.model.enable_input_require_grads()
+            # Not reentrant: that kind needs inputs with gradients, and then runs backward below the lowest adapter too.
+            policy.model.gradient_checkpointing_enable({"use_reentrant": False})
         sampler = make_sampler(policy, prompts, config.max_num_seqs)
     except BaseException:
         scorer.close()

@@ -5,13 +5,14 @@ from __future__ import annotations
 from collections.abc import Sequence
 from typing import Any
 
+from igrpo_lite.algorithms.replay import Replay
 from igrpo_lite.algorithms.rollout import Rollout
 from igrpo_lite.report.sample import Sample
 from igrpo_lite.types import Completion, Group, Score
 
 
 def rollout_record(step: int, rollout: Rollout) -> dict[str, Any]:
-    """One line of ``samples.jsonl``: a problem's drafts, the chosen one, its refinements, with all scores."""
+    """One line of ``samples.jsonl``: a problem's drafts, the chosen one, its refinements, replays, with all scores."""
     problem = rollout.stage1.problem
     record: dict[str, Any] = {
         "step": step,
@@ -27,6 +28,8 @@ def rollout_record(step: int, rollout: Rollout) -> dict[str, Any]:
             "shown": rollout.choice.shown,
             "refinements": _completions(rollout.stage2),
         }
+    if rollout.replays:
+        record["replays"] = [_replay(rollout, replay) for replay in rollout.replays]
     return record
 
 
@@ -44,6 +47,14 @@ def shown_samples(rollouts: Sequence[Rollout]) -> tuple[Sample | None, Sample | 
             if right and good is not None:
                 break
     return good, bad
+
+
+def _replay(rollout: Rollout, replay: Replay) -> dict[str, Any]:
+    """Which completion was continued from which token on; the source itself stands with its stage."""
+    (group,) = (group for group in rollout.groups if group.stage == replay.group.stage)
+    source = next(i for i, completion in enumerate(group.completions) if completion is replay.source)
+    where = {"stage": group.stage, "source": source, "start": replay.start}
+    return where | {"completions": _completions(replay.group)[1:]}
 
 
 def _completions(group: Group) -> list[dict[str, Any]]:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+from collections.abc import Collection, Iterator
 from functools import lru_cache
 
 import numpy as np
@@ -19,6 +20,16 @@ def batch_indices(num_problems: int, batch_size: int, step: int, seed: int) -> l
         epoch, offset = divmod(place, num_problems)
         indices.append(int(_epoch_order(num_problems, epoch, seed)[offset]))
     return indices
+
+
+def other_indices(num_problems: int, used: Collection[int], step: int, seed: int) -> Iterator[int]:
+    """Every problem that is not ``used``, once, in a random order of this step's own: what dynamic sampling draws from.
+
+    Its rounds read on where the one before ended, so that none draws a problem of another.
+    """
+    generator = np.random.Generator(np.random.Philox(key=request_seed(seed, "others", step)))
+    taken = set(used)
+    yield from (index for index in map(int, generator.permutation(num_problems)) if index not in taken)
 
 
 def learning_rate(step: int, max_steps: int, options: UpdateOptions) -> float:

@@ -26,6 +26,8 @@ class Progress:
         health: state of the diagnosis.
         reward_failures: how calls of users' rewards went so far, by function.
         seconds: time spent so far, by phase.
+        base: fingerprint of the frozen weights.
+        drafted: drafts that the ``ahead`` schedule has sampled for the next step.
     """
 
     fingerprint: str
@@ -35,6 +37,8 @@ class Progress:
     health: dict[str, Any] = field(default_factory=dict)
     reward_failures: dict[str, dict[str, Any]] = field(default_factory=dict)
     seconds: dict[str, float] = field(default_factory=dict)
+    base: str = ""
+    drafted: list[dict[str, Any]] = field(default_factory=list)
 
     @property
     def best(self) -> dict[str, Any] | None:

@@ -1,69 +1,85 @@
-"""One policy update from the rollouts of a step: advantages, log-probabilities, loss, optimizer step."""
+"""One policy update from the rollouts of a step: chosen tokens, log-probabilities, loss, optimizer step."""
 
 from __future__ import annotations
 
 import math
-from collections.abc import Iterator, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass, field
 
 import torch
 from torch import Tensor
 
-from igrpo_lite.algorithms.advantages import group_advantages, reward_tensor
-from igrpo_lite.algorithms.objectives import clipped_token_loss, sequence_mean
-from igrpo_lite.algorithms.rollout import Rollout, stage_temperature
+from igrpo_lite.algorithms.learning import LearningSequence, learning_sequences, teaching, totals
+from igrpo_lite.algorithms.objectives import Totals, reduce_loss, sampler_weights, token_loss
+from igrpo_lite.algorithms.rollout import Rollout
+from igrpo_lite.algorithms.selection import entropy_threshold, uncertain_tokens
 from igrpo_lite.config import RunConfig
 from igrpo_lite.policy.loading import Policy
-from igrpo_lite.policy.logprobs import best_layout, completion_logprobs, shared_prefix
-from igrpo_lite.types import Completion, Group
+from igrpo_lite.policy.logprobs import TokenLogprobs, best_layout, chosen_logprobs
 
 
 @dataclass(slots=True)
 class MicroBatch:
-    """Completions of one prompt that go through the model together, with one advantage each."""
+    """Sequences that go through the model together."""
 
-    prompt: tuple[int, ...]
-    completions: list[Completion]
-    advantages: list[float]
-    temperature: float
+    sequences: list[LearningSequence]
     old_logprobs: Tensor | None = None  # kept from the first pass when the rollouts are used again
     reference_logprobs: Tensor | None = None
+    sampler_weights: Tensor | None = None
+
+    def padded(self, rows: Sequence[Sequence[float]], like: TokenLogprobs) -> Tensor:
+        """One value for each chosen token as ``[B, K]``, 0 where padded."""
+        values = torch.tensor([value for row in rows for value in row], device=like.mask.device)
+        return torch.zeros_like(like.entropies).masked_scatter(like.mask, values)
 
 
 @dataclass(slots=True)
 class UpdateStats:
-    """What one update did; token counts are of its first pass."""
+    """What one update did; token counts are of its first pass.
+
+    Attributes:
+        sampler_gap: mean |difference| between the log-probabilities of policy and sampler, over learning tokens.
+        advantage: mean |advantage| of the learning tokens.
+        place: mean place of the learning tokens in their completions.
+        backbone_tokens: through the layers, the pass that measures entropies included.
+    """
 
     loss: float = 0.0
     grad_norm: float = 0.0
     entropy: float | None = None
     clip_ratio: float = 0.0
     kl: float | None = None
+    sampler_gap: float | None = None
+    advantage: float | None = None
+    place: float | None = None
     learning_sequences: int = 0
     learning_tokens: int = 0
     backbone_tokens: int = 0
     head_tokens: int = 0
-    _sums: dict[str, float] = field(default_factory=lambda: {"entropy": 0.0, "clipped": 0.0, "kl": 0.0})
+    _sums: dict[str, float] = field(
+        default_factory=lambda: dict.fromkeys(("entropy", "clipped", "kl", "gap", "advantage", "place"), 0.0)
+    )
 
-
-def learning_groups(rollouts: Sequence[Rollout], algorithm: str) -> list[Group]:
-    """The groups whose tokens learn: GRPO's only stage, iGRPO's refinements, or with ``igrpo-joint`` both stages."""
-    if algorithm == "igrpo":
-        return [r.stage2 for r in rollouts if r.stage2 is not None]
-    return [group for r in rollouts for group in r.groups]
+    def finish(self, passes: int, beta: float) -> None:
+        """Turn sums into means."""
+        tokens = max(1, self.learning_tokens)
+        self.entropy, self.sampler_gap = self._sums["entropy"] / tokens, self._sums["gap"] / tokens
+        self.advantage, self.place = self._sums["advantage"] / tokens, self._sums["place"] / tokens
+        self.clip_ratio = self._sums["clipped"] / (tokens * passes)
+        self.kl = self._sums["kl"] / (tokens * passes) if beta else None
 
 
 class PolicyUpdate:
-    """Applies the clipped group-relative objective (arXiv 2602.09000, equations 4 and 5) with AdamW.
+    """Applies the configured objective (default: arXiv 2602.09000, equations 4 and 5) with AdamW.
 
-    Every sequence of the learning groups counts in the normaliser; those with zero advantage have a zero gradient
-    without KL penalty and are not run. The draft and the question stand in the prompt and never learn.
+    Every sequence of the learning groups counts in the normaliser; tokens without a gradient are not run. The draft and
+    the question stand in the prompt and never learn.
     """
 
     def __init__(self, policy: Policy, config: RunConfig) -> None:
         self.policy = policy
         self.config = config
-        self.prompt_once = best_layout(policy.model.get_base_model()) is shared_prefix
+        self.layout = best_layout(policy.model.get_base_model())
         self.parameters = [p for _, p in policy.adapter_parameters()]
         self.optimizer = torch.optim.AdamW(
             self.parameters,
@@ -72,24 +88,30 @@ class PolicyUpdate:
             weight_decay=config.weight_decay,
         )
 
-    def step(self, rollouts: Sequence[Rollout], learning_rate: float) -> UpdateStats:
-        """Update the adapter; with nothing to learn from, parameters and optimizer state stay as they are."""
-        groups = learning_groups(rollouts, self.config.algorithm)
-        num_sequences = sum(len(group.completions) for group in groups)
-        batches = list(self._micro_batches(groups))
+    def step(self, rollouts: Sequence[Rollout], step: int, learning_rate: float) -> UpdateStats:
+        """Update the adapter; with nothing to learn from, parameters and optimizer state stay as they are.
+
+        Args:
+            step: of the run; with the run's seed it fixes which tokens S-GRPO draws.
+        """
+        # Dropout, where a model has any, must be off: the sampling policy had none. Recomputing activations is the one
+        # thing that asks for training mode; loading takes the dropout out for it.
+        self.policy.model.train(self.config.gradient_checkpointing)
         stats = UpdateStats()
+        sequences = learning_sequences(rollouts, self.config, step)
+        if self.config.tokens == "entropy":
+            sequences = self._uncertain(sequences, stats)
+        sums = totals(sequences)
+        batches = self._micro_batches(teaching(sequences, self.config.beta))
         if not batches:
             return stats
         for group in self.optimizer.param_groups:
             group["lr"] = learning_rate
-        # Dropout, where a model has any, must be off: the sampling policy had none. Recomputing activations is the one
-        # thing that asks for training mode; loading takes the dropout out for it.
-        self.policy.model.train(self.config.gradient_checkpointing)
         passes = 0
         for iteration in range(self.config.num_iterations):
             passes += 1
             self.optimizer.zero_grad(set_to_none=True)
-            loss = sum(self._backward(batch, num_sequences, stats, iteration) for batch in batches)
+            loss = sum(self._backward(batch, sums, stats, iteration) for batch in batches)
             norm = float(torch.nn.utils.clip_grad_norm_(self.parameters, self.config.max_grad_norm))
             if iteration == 0:
                 stats.loss, stats.grad_norm = loss, norm
@@ -98,74 +120,81 @@ class PolicyUpdate:
                 break
             self.optimizer.step()
         self.optimizer.zero_grad(set_to_none=True)
-        tokens = max(1, stats.learning_tokens)
-        stats.entropy = stats._sums["entropy"] / tokens
-        stats.clip_ratio = stats._sums["clipped"] / (tokens * passes)
-        stats.kl = stats._sums["kl"] / (tokens * passes) if self.config.beta else None
+        stats.finish(passes, self.config.beta)
         return stats
 
-    def _backward(self, batch: MicroBatch, num_sequences: int, stats: UpdateStats, iteration: int) -> float:
-        config, model = self.config, self.policy.model
-        ids = [completion.ids for completion in batch.completions]
+    def _backward(self, batch: MicroBatch, sums: Totals, stats: UpdateStats, iteration: int) -> float:
+        config, learning = self.config, [sequence.learning for sequence in batch.sequences]
         if config.beta and batch.reference_logprobs is None:
-            with torch.no_grad(), model.disable_adapter():  # the reference is the model as it came
-                reference = completion_logprobs(model.get_base_model(), batch.prompt, ids, batch.temperature)
-            batch.reference_logprobs = reference.logprobs
-        scored = completion_logprobs(model.get_base_model(), batch.prompt, ids, batch.temperature)
+            with torch.no_grad(), self.policy.model.disable_adapter():
+                batch.reference_logprobs = self._score(batch).logprobs
+        scored = self._score(batch)
+        advantages = batch.padded([row.advantages for row in learning], scored)
         if batch.old_logprobs is None:
-            # The first pass is on-policy: the sampling policy's log-probabilities are these, without the sampler's
+            # The policy has not moved since it sampled: its own log-probabilities are these, without the sampler's
             # different rounding.
             batch.old_logprobs = scored.logprobs.detach()
-        advantages = torch.tensor(batch.advantages, device=scored.logprobs.device)
-        token = clipped_token_loss(
+            sampled = [[s.completion.logprobs[i] for i in s.learning.indices] for s in batch.sequences]
+            sampler_logprobs = batch.padded(sampled, scored)
+            batch.sampler_weights = sampler_weights(batch.old_logprobs, sampler_logprobs, scored.mask, config)
+            self._count(batch, scored, advantages, batch.old_logprobs - sampler_logprobs, stats)
+        token = token_loss(
             scored.logprobs,
             batch.old_logprobs,
             advantages,
-            config.epsilon,
-            config.epsilon_high,
+            scored.mask,
+            config,
             batch.reference_logprobs,
-            config.beta,
+            batch.sampler_weights,
         )
-        loss = sequence_mean(token.loss, scored.mask, num_sequences)
+        weights = batch.padded([row.weights for row in learning], scored)
+        counts = torch.tensor([row.count for row in learning], device=weights.device)
+        loss = reduce_loss(token.loss, weights, counts, sums, config)
         loss.backward()
         stats._sums["clipped"] += float((token.clipped & scored.mask).sum())
         stats._sums["kl"] += float((token.kl.detach() * scored.mask).sum())
-        if iteration == 0:
-            self._count(batch, scored.mask, stats)
-            stats._sums["entropy"] += float(scored.entropies.sum())
         return float(loss.detach())
 
-    def _count(self, batch: MicroBatch, mask: Tensor, stats: UpdateStats) -> None:
-        tokens = int(mask.sum())
-        stats.learning_sequences += len(batch.completions)
-        stats.learning_tokens += tokens
-        stats.head_tokens += tokens
-        padded = mask.shape[0] * (mask.shape[1] - 1)
-        copies = 1 if self.prompt_once else len(batch.completions)
-        stats.backbone_tokens += padded + copies * len(batch.prompt)
+    def _score(self, batch: MicroBatch) -> TokenLogprobs:
+        branches = [sequence.branch for sequence in batch.sequences]
+        return chosen_logprobs(self.policy.model.get_base_model(), branches, self.layout)
 
-    def _micro_batches(self, groups: Sequence[Group]) -> Iterator[MicroBatch]:
-        config = self.config
-        for group in groups:
-            advantages = group_advantages(reward_tensor(group.scores)).tolist()
-            rows = [
-                (completion, advantage)
-                for completion, advantage in zip(group.completions, advantages, strict=True)
-                if (advantage or config.beta) and not (config.mask_truncated_completions and completion.truncated)
-            ]
-            temperature = stage_temperature(config, group.stage)
-            rows.sort(key=lambda row: len(row[0].ids))  # similar lengths together: little padding
-            while rows:
-                count = self._fitting(len(group.prompt.ids), [len(c.ids) for c, _ in rows])
-                taken, rows = rows[:count], rows[count:]
-                yield MicroBatch(group.prompt.ids, [c for c, _ in taken], [a for _, a in taken], temperature)
+    def _micro_batches(self, sequences: Sequence[LearningSequence]) -> list[MicroBatch]:
+        branches = [sequence.branch for sequence in sequences]
+        rows = self.layout.batches(branches, self.config.update_tokens)
+        return [MicroBatch([sequences[row] for row in batch]) for batch in rows]
 
-    def _fitting(self, prompt: int, lengths: Sequence[int]) -> int:
-        """How many of the rows (ascending lengths) fit the token budget; at least one."""
-        count = 1
-        for number, length in enumerate(lengths, start=1):
-            tokens = prompt + number * length if self.prompt_once else number * (prompt + length)
-            if tokens > self.config.update_tokens:
-                break
-            count = number
-        return count
+    @torch.no_grad()
+    def _uncertain(self, sequences: Sequence[LearningSequence], stats: UpdateStats) -> list[LearningSequence]:
+        """Choose the most uncertain tokens of the step: entropies first, without gradient, then the tokens.
+
+        The threshold is a quantile over the tokens that could learn; completions without advantage are not run.
+        """
+        measured: list[tuple[LearningSequence, list[float]]] = []
+        for batch in self._micro_batches(teaching(sequences, self.config.beta)):
+            scored = self._score(batch)
+            stats.backbone_tokens += scored.backbone_tokens
+            stats.head_tokens += scored.head_rows
+            rows = zip(batch.sequences, scored.entropies, scored.mask, strict=True)
+            measured += [(sequence, row[mask].tolist()) for sequence, row, mask in rows]
+        if not measured:
+            return list(sequences)
+        entropies = torch.tensor([entropy for _, row in measured for entropy in row])
+        threshold = entropy_threshold(entropies, self.config.top_entropy_quantile)
+        chosen = {
+            id(sequence): uncertain_tokens(row, threshold, sequence.learning.advantages[0])
+            for sequence, row in measured
+        }
+        return [sequence.with_learning(chosen.get(id(sequence), sequence.learning)) for sequence in sequences]
+
+    def _count(
+        self, batch: MicroBatch, scored: TokenLogprobs, advantages: Tensor, gap: Tensor, stats: UpdateStats
+    ) -> None:
+        stats.learning_sequences += len(batch.sequences)
+        stats.learning_tokens += int(scored.mask.sum())
+        stats.backbone_tokens += scored.backbone_tokens
+        stats.head_tokens += scored.head_rows
+        stats._sums["entropy"] += float(scored.entropies.sum())
+        stats._sums["gap"] += float(gap.abs().sum())
+        stats._sums["advantage"] += float(advantages.abs().sum())
+        stats._sums["place"] += sum(sum(sequence.learning.indices) for sequence in batch.sequences)

@@ -1,0 +1,100 @@
+"""What each completion of a step contributes to the loss: its advantage, and which of its tokens learn.
+
+    for each learning group:  A = (R - mean R) / std R          algorithms/advantages.py
+                              T_j = all tokens, or a selection  algorithms/selection.py, algorithms/tspmo.py
+
+T-SPMO makes advantages and selection of the rewards in one; its replays are groups of their own. Selections are drawn
+once for each completion, from the run's seed, so they are the same in every pass over the same rollouts.
+"""
+
+from __future__ import annotations
+
+import math
+import random
+from collections.abc import Sequence
+from dataclasses import dataclass, replace
+
+from igrpo_lite.algorithms.advantages import advantages, reward_tensor
+from igrpo_lite.algorithms.objectives import Totals
+from igrpo_lite.algorithms.rollout import Rollout, learning_groups, stage_temperature
+from igrpo_lite.algorithms.selection import Learning, all_tokens, stochastic_tokens
+from igrpo_lite.algorithms.tspmo import prefix_matching
+from igrpo_lite.config import RunConfig
+from igrpo_lite.policy.tree import Branch
+from igrpo_lite.sampling.base import request_seed
+from igrpo_lite.types import Completion, Group, Prompt
+
+_NOTHING = Learning((), (), (), 0.0)
+
+
+@dataclass(frozen=True, slots=True)
+class LearningSequence:
+    """A completion, the prompt it was sampled for, and its share of the loss."""
+
+    prompt: Prompt
+    completion: Completion
+    temperature: float
+    learning: Learning
+
+    @property
+    def branch(self) -> Branch:
+        """What the model must score."""
+        return Branch(self.prompt.ids, self.completion.ids, self.learning.indices, self.temperature)
+
+    def with_learning(self, learning: Learning) -> LearningSequence:
+        return replace(self, learning=learning)
+
+
+def learning_sequences(rollouts: Sequence[Rollout], config: RunConfig, step: int) -> list[LearningSequence]:
+    """Every completion of the learning groups of a step, also those that turn out to teach nothing.
+
+    With ``tokens: entropy`` all tokens are candidates here; the update, which can measure entropies, chooses.
+    """
+    if config.tokens == "t-spmo":
+        return [sequence for rollout in rollouts for sequence in _prefix_matched(rollout, config)]
+    places = [(place, g) for place, r in enumerate(rollouts) for g in learning_groups(r, config.algorithm)]
+    found = []
+    for stage in ("stage1", "stage2"):
+        groups = [(place, group) for place, group in places if group.stage == stage]
+        scaled = advantages([reward_tensor(group.scores) for _, group in groups], config.scale_rewards)
+        for (place, group), row in zip(groups, scaled, strict=True):
+            for index, (completion, advantage) in enumerate(zip(group.completions, row.tolist(), strict=True)):
+                seed = request_seed(config.seed, "tokens", step, place, group.problem.id, stage, index)
+                learning = _selected(completion, advantage, config, random.Random(seed))
+                found.append(_sequence(group, completion, learning, config))
+    return found
+
+
+def totals(sequences: Sequence[LearningSequence]) -> Totals:
+    """What the losses of a step are divided by."""
+    return Totals(len(sequences), sum(sequence.learning.count for sequence in sequences))
+
+
+def teaching(sequences: Sequence[LearningSequence], beta: float) -> list[LearningSequence]:
+    """Those with a gradient: without KL penalty a zero advantage has none, so its tokens need not be run."""
+    return [s for s in sequences if s.learning.indices and (beta or any(s.learning.advantages))]
+
+
+def _selected(completion: Completion, advantage: float, config: RunConfig, rng: random.Random) -> Learning:
+    if config.mask_truncated_completions and completion.truncated:
+        return _NOTHING
+    if config.tokens == "s-grpo":
+        return stochastic_tokens(len(completion.ids), advantage, config, rng)
+    return all_tokens(len(completion.ids), advantage)
+
+
+def _prefix_matched(rollout: Rollout, config: RunConfig) -> list[LearningSequence]:
+    trees = [(group, 0) for group in learning_groups(rollout, config.algorithm)]
+    trees += [(replay.group, replay.start) for replay in rollout.replays]
+    found = []
+    for group, start in trees:
+        rewards = reward_tensor(group.scores).tolist()
+        if config.mask_truncated_completions:  # as if unscored: they enter no mean and learn nothing
+            rewards = [math.nan if c.truncated else r for c, r in zip(group.completions, rewards, strict=True)]
+        learned = prefix_matching([completion.ids for completion in group.completions], rewards, config, start)
+        found += [_sequence(group, c, learning, config) for c, learning in zip(group.completions, learned, strict=True)]
+    return found
+
+
+def _sequence(group: Group, completion: Completion, learning: Learning, config: RunConfig) -> LearningSequence:
+    return LearningSequence(group.prompt, completion, stage_temperature(config, group.stage), learning)

@@ -1,0 +1,172 @@
+"""T-SPMO: token-level advantages where the completions of a group part (arXiv 2504.20834, Lee and Tong).
+
+The completions of one prompt form a trie on token ids. For a prefix p and a next token v,
+
+    n(p)     completions with prefix p
+    V(p)     mean reward of these
+    A(p, v)  V(p + v) - V(p)                raw reward units, not divided by a standard deviation
+
+and J = sum w(p, v) A(p, v) log pi(v | p) / sum w(p, v). Only prefixes that are continued in at least two ways have
+advantages other than 0; D distinct completions have at most 2 (D - 1) such transitions. This is our reading of the
+paper's idea; baseline and weights are options, the normaliser runs over the whole step.
+
+**A completion that ends inside another one** (cut at a length limit, or without end token) counts in n and V of its
+prefixes, and its end is one more way to continue the last of them, though one without a token: others that go on there
+are compared with it, even if they all go on with the same token. So the advantages along any completion that goes on
+still sum to its reward minus V of the root, and the count-weighted sum remains REINFORCE with the prefix's value as
+baseline. What is left of the ended completion, its reward minus V where it ends, falls on no token.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass
+from itertools import pairwise
+
+from igrpo_lite.algorithms.selection import Learning
+from igrpo_lite.config import UpdateOptions
+
+_NOISE = 2.0**-21
+"""Share of the largest reward below which an advantage is the rounding of float32 rewards: means that are equal differ
+in the last digits, and as learning transitions they would only swell the normaliser."""
+
+
+@dataclass(frozen=True, slots=True)
+class Transition:
+    """A (prefix, next token) pair that learns.
+
+    Attributes:
+        row: the first completion that owns the pair; its loss is attached there, once for all owners.
+        index: token position in that completion.
+        advantage: of the pair, in reward units; never 0.
+        weight: 1 (``unique``), or the completions that took it (``count``).
+        visits: completions that share the prefix, n(p).
+    """
+
+    row: int
+    index: int
+    advantage: float
+    weight: float
+    visits: int
+
+
+@dataclass(frozen=True, slots=True)
+class _Node:
+    """A prefix of ``depth`` tokens that is continued in at least two ways; places among the sorted completions: of all
+    with this prefix, of those that end here, and of those with each next token."""
+
+    depth: int
+    group: range
+    ends: range
+    children: list[range]
+
+
+def transitions(
+    completions: Sequence[Sequence[int]], rewards: Sequence[float], options: UpdateOptions, start: int = 0
+) -> list[Transition]:
+    """All transitions of a group that learn, ordered by row and index.
+
+    Args:
+        completions: token ids of the completions of one prompt.
+        rewards: one per completion; ``nan`` marks one that no reward scored, which is left out altogether.
+        options: ``tspmo_baseline``, ``tspmo_weight`` and ``tspmo_min_visits``. The baseline of a prefix is the mean
+            over its completions, over its continuations (each counted once), or, for each completion, over the others:
+            that is n / (n - 1) times the first.
+        start: leading tokens that all completions have in common because they were given, not sampled (T-SPMO's
+            replay): the trie is rooted behind them and nothing above learns.
+
+    Raises:
+        ValueError: if the completions are not as many as the rewards, or differ before ``start``.
+    """
+    scored = [row for row, reward in zip(range(len(completions)), rewards, strict=True) if not math.isnan(reward)]
+    rows = sorted(scored, key=lambda row: tuple(completions[row]))
+    ids = [tuple(completions[row]) for row in rows]
+    sorted_rewards = [rewards[row] for row in rows]
+    common = [_common_prefix(a, b) for a, b in pairwise(ids)]
+    if any(len(row) < start for row in ids) or any(length < start for length in common):
+        raise ValueError(f"completions that are replayed from token {start} must share the tokens before it")
+    noise = _NOISE * max(map(abs, sorted_rewards), default=0.0)
+    found = []
+    for node in _branchings(ids, common, options.tspmo_min_visits):
+        advantages = _advantages(node, sorted_rewards, options)
+        for child, advantage in zip(node.children, advantages, strict=True):
+            if abs(advantage) > noise:
+                owner = min(rows[place] for place in child)
+                weight = 1.0 if options.tspmo_weight == "unique" else float(len(child))
+                found.append(Transition(owner, node.depth, advantage, weight, len(node.group)))
+    return sorted(found, key=lambda pair: (pair.row, pair.index))
+
+
+def prefix_matching(
+    completions: Sequence[Sequence[int]], rewards: Sequence[float], options: UpdateOptions, start: int = 0
+) -> list[Learning]:
+    """The same as :func:`transitions`, as what each completion contributes to the loss, one per completion.
+
+    A pair that several completions share is in the first of them only. The counts add up to the normaliser of the
+    objective, ``sum w``; they are 0 for completions without a pair of their own and for those no reward scored.
+    """
+    owned: list[list[Transition]] = [[] for _ in completions]
+    for pair in transitions(completions, rewards, options, start):
+        owned[pair.row].append(pair)
+    return [
+        Learning(
+            indices=tuple(pair.index for pair in pairs),
+            weights=tuple(pair.weight for pair in pairs),
+            advantages=tuple(pair.advantage for pair in pairs),
+            count=math.fsum(pair.weight for pair in pairs),
+        )
+        for pairs in owned
+    ]
+
+
+def _branchings(ids: Sequence[tuple[int, ...]], common: Sequence[int], min_visits: int) -> Iterator[_Node]:
+    """The branching nodes with enough visits. In sorted order the completions of a prefix stand together, and they part
+    where neighbours have the least in common, so no node is made for the tokens between."""
+    pending = [range(len(ids))]
+    while pending:
+        group = pending.pop()
+        if len(group) < min_visits:
+            continue
+        first, stop = group.start, group.stop
+        depth = min(common[first : stop - 1])
+        going_on = first  # those that end here sort first
+        while going_on < stop and len(ids[going_on]) == depth:
+            going_on += 1
+        if going_on == stop:
+            continue
+        cuts = [going_on, *(i + 1 for i in range(going_on, stop - 1) if common[i] == depth), stop]
+        children = [range(a, b) for a, b in pairwise(cuts)]
+        pending.extend(children)
+        yield _Node(depth, group, range(first, going_on), children)
+
+
+def _advantages(node: _Node, rewards: Sequence[float], options: UpdateOptions) -> list[float]:
+    """Advantage of each child of a node."""
+    values = [_mean(rewards, child) for child in node.children]
+    baseline = _mean(rewards, node.group)
+    if options.tspmo_baseline == "children":
+        ended = [_mean(rewards, node.ends)] if node.ends else []
+        baseline = math.fsum(values + ended) / len(values + ended)
+    others = len(node.group) - 1
+    scale = len(node.group) / others if options.tspmo_baseline == "leave_one_out" else 1.0
+    return [scale * (value - baseline) for value in values]
+
+
+def _mean(rewards: Sequence[float], places: range) -> float:
+    return math.fsum(rewards[place] for place in places) / len(places)
+
+
+def _common_prefix(a: tuple[int, ...], b: tuple[int, ...]) -> int:
+    """Length of the longest common prefix, by comparing slices: a growing window first, as completions part early."""
+    end = min(len(a), len(b))
+    low, high = 0, min(16, end)
+    while high < end and a[low:high] == b[low:high]:
+        low, high = high, min(2 * high, end)
+    while low < high:  # all before low is equal, and not all before high + 1
+        middle = (low + high + 1) // 2
+        if a[low:middle] == b[low:middle]:
+            low = middle
+        else:
+            high = middle - 1
+    return low

