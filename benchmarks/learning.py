@@ -1,4 +1,7 @@
-"""Algorithms at equal rollouts: whole runs over several seeds, with held-out accuracy before and after.
+"""Methods at equal rollouts: whole runs over several seeds, with held-out accuracy before and after.
+
+A method is an algorithm, with tokens and further settings where they are not the defaults: ``grpo``, ``igrpo/s-grpo``,
+``igrpo/t-spmo+tspmo_replay=2``, ``igrpo+schedule=ahead``.
 
 Every run is a process of its own with a folder of its own, so that the same command goes on where it stopped and
 finished runs are taken as they are. All numbers come from the runs' ``summary.json`` and ``metrics.jsonl``.
@@ -10,6 +13,7 @@ import argparse
 import json
 import math
 import os
+import re
 import statistics
 import subprocess
 import sys
@@ -25,6 +29,7 @@ from measuring import provenance, write_json
 ALGORITHMS = ("grpo", "igrpo", "igrpo-joint")
 BASELINE = "grpo"
 MEASURES = ("single", "refined")
+COSTS = ("rollouts", "sampled_tokens", "learning_tokens", "backbone_tokens", "seconds")
 COLLAPSE = 0.10
 """Single-pass accuracy lost since a run's own best evaluation that counts as a collapse."""
 
@@ -36,7 +41,7 @@ _LEARNING_PHASES = ("rollout", "reward", "update")
 class Run:
     """What one run's own files say."""
 
-    algorithm: str
+    method: str
     seed: int
     before: dict[str, float]
     after: dict[str, float]
@@ -45,6 +50,7 @@ class Run:
     rollouts: int
     sampled_tokens: int
     learning_tokens: int
+    backbone_tokens: int
     seconds: float
 
     @property
@@ -59,7 +65,7 @@ class Run:
 def main(arguments: Sequence[str] | None = None) -> dict[str, Any]:
     arguments = list(sys.argv[1:] if arguments is None else arguments)
     options = parse(arguments)
-    pairs = [(algorithm, seed) for seed in options.seeds for algorithm in options.algorithms]
+    pairs = [(method, seed) for seed in options.seeds for method in options.methods]
     with ThreadPoolExecutor(options.workers) as pool:
         runs = list(pool.map(lambda pair: finished(*pair, options), pairs))
     result = provenance("learning.py", arguments, threads=1) | {
@@ -80,7 +86,7 @@ def main(arguments: Sequence[str] | None = None) -> dict[str, Any]:
 
 def parse(arguments: Sequence[str]) -> argparse.Namespace:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
-    parser.add_argument("--algorithms", nargs="+", choices=ALGORITHMS, default=list(ALGORITHMS))
+    parser.add_argument("--methods", nargs="+", default=list(ALGORITHMS), metavar="ALGORITHM[/TOKENS][+KEY=VALUE...]")
     parser.add_argument("--seeds", nargs="+", type=int, default=[0, 1, 2, 3, 4])
     parser.add_argument("--steps", type=int, default=40, help="optimizer steps of every run")
     parser.add_argument("--eval-size", type=int, default=500, help="held-out problems of every evaluation")
@@ -93,21 +99,35 @@ def parse(arguments: Sequence[str]) -> argparse.Namespace:
     wrong = [pair for pair in options.set if "=" not in pair]
     if wrong:
         parser.error(f"--set takes KEY=VALUE, not {', '.join(wrong)}")
-    options.set = {key.strip(): yaml.safe_load(value) for key, _, value in (p.partition("=") for p in options.set)}
+    options.set = pairs(options.set)
+    for method in options.methods:
+        if settings_of(method)["algorithm"] not in ALGORITHMS:
+            parser.error(f"--methods: {method} does not begin with one of {', '.join(ALGORITHMS)}")
     return options
 
 
-def finished(algorithm: str, seed: int, options: argparse.Namespace) -> Run:
+def pairs(texts: Sequence[str]) -> dict[str, Any]:
+    """``KEY=VALUE`` texts as settings."""
+    return {key.strip(): yaml.safe_load(value) for key, _, value in (text.partition("=") for text in texts)}
+
+
+def settings_of(method: str) -> dict[str, Any]:
+    """The settings that a method's name stands for."""
+    name, *more = method.split("+")
+    algorithm, _, tokens = name.partition("/")
+    return {"algorithm": algorithm, "tokens": tokens or "all"} | pairs(more)
+
+
+def finished(method: str, seed: int, options: argparse.Namespace) -> Run:
     """One run, made or continued if it is not there yet."""
-    folder = options.output_dir / f"{algorithm}-{options.steps}-steps-seed-{seed}"
+    folder = options.output_dir / f"{re.sub('[^a-z0-9_.-]+', '-', method)}-{options.steps}-steps-seed-{seed}"
     settings = {
         "eval_steps": max(1, options.steps // 4),
         "patience_dead": 0,  # equal rollouts: a run without signal goes on all the same
         "progress": "off",
     }
-    settings |= options.set
+    settings |= options.set | settings_of(method)
     settings |= {
-        "algorithm": algorithm,
         "seed": seed,
         "max_steps": options.steps,
         "eval_size": options.eval_size,
@@ -123,7 +143,7 @@ def finished(algorithm: str, seed: int, options: argparse.Namespace) -> Run:
     )
     if done.returncode:
         raise SystemExit(f"{folder.name} failed:\n{done.stderr}")
-    run = read_run(folder)
+    run = read_run(folder, method)
     print(
         f"{folder.name}: single {run.before['single']:.1%} -> {run.after['single']:.1%}, refined "
         f"{run.before['refined']:.1%} -> {run.after['refined']:.1%}, {run.seconds:.0f} s",
@@ -133,19 +153,19 @@ def finished(algorithm: str, seed: int, options: argparse.Namespace) -> Run:
     return run
 
 
-def read_run(folder: Path) -> Run:
+def read_run(folder: Path, method: str) -> Run:
     summary = json.loads((folder / "summary.json").read_text(encoding="utf-8"))
     records = [json.loads(line) for line in (folder / "metrics.jsonl").read_text(encoding="utf-8").splitlines()]
-    return run_from(summary, records)
+    return run_from(method, summary, records)
 
 
-def run_from(summary: Mapping[str, Any], records: Sequence[Mapping[str, Any]]) -> Run:
+def run_from(method: str, summary: Mapping[str, Any], records: Sequence[Mapping[str, Any]]) -> Run:
     """A run from its summary and the records of its metrics."""
     steps = [record for record in records if record["kind"] == "step"]
     evaluations = [record for record in records if record["kind"] == "evaluation"]
     last = summary["after"] or evaluations[-1]
     return Run(
-        summary["algorithm"],
+        method,
         summary["seed"],
         {measure: summary["before"][measure]["accuracy"] for measure in MEASURES},
         {measure: last[measure]["accuracy"] for measure in MEASURES},
@@ -154,15 +174,16 @@ def run_from(summary: Mapping[str, Any], records: Sequence[Mapping[str, Any]]) -
         summary["rollouts"],
         sum(step["tokens/sampled"] for step in steps),
         sum(step["tokens/learning"] for step in steps),
+        sum(step["tokens/backbone"] for step in steps),
         sum(summary["time"].get(phase, 0.0) for phase in _LEARNING_PHASES),
     )
 
 
 def table(runs: Sequence[Run]) -> dict[str, dict[str, Any]]:
-    """Per algorithm: accuracies over seeds, collapses, and what the runs cost."""
+    """Per method: accuracies over seeds, collapses, and what the runs cost."""
     found: dict[str, dict[str, Any]] = {}
-    for algorithm in dict.fromkeys(run.algorithm for run in runs):
-        mine = sorted((run for run in runs if run.algorithm == algorithm), key=lambda run: run.seed)
+    for method in dict.fromkeys(run.method for run in runs):
+        mine = sorted((run for run in runs if run.method == method), key=lambda run: run.seed)
         row: dict[str, Any] = {"seeds": [run.seed for run in mine]}
         for measure in MEASURES:
             before, after = ([getattr(run, when)[measure] for run in mine] for when in ("before", "after"))
@@ -172,20 +193,20 @@ def table(runs: Sequence[Run]) -> dict[str, dict[str, Any]]:
                 "change": over_seeds([b - a for a, b in zip(before, after, strict=True)]),
             }
         row["collapses"] = sum(run.collapsed for run in mine)
-        for cost in ("rollouts", "sampled_tokens", "learning_tokens", "seconds"):
+        for cost in COSTS:
             row[cost] = statistics.fmean(getattr(run, cost) for run in mine)
-        found[algorithm] = row
+        found[method] = row
     return found
 
 
 def paired(runs: Sequence[Run]) -> dict[str, dict[str, Any]]:
-    """Accuracy after training minus the baseline's with the same seed, per algorithm and measure."""
-    base = {run.seed: run for run in runs if run.algorithm == BASELINE}
+    """Accuracy after training minus the baseline's with the same seed, per method and measure."""
+    base = {run.seed: run for run in runs if run.method == BASELINE}
     found: dict[str, dict[str, Any]] = {}
-    for algorithm in dict.fromkeys(run.algorithm for run in runs if run.algorithm != BASELINE):
-        mine = sorted((run for run in runs if run.algorithm == algorithm and run.seed in base), key=lambda r: r.seed)
+    for method in dict.fromkeys(run.method for run in runs if run.method != BASELINE):
+        mine = sorted((run for run in runs if run.method == method and run.seed in base), key=lambda r: r.seed)
         if mine:
-            found[algorithm] = {
+            found[method] = {
                 measure: over_seeds([run.after[measure] - base[run.seed].after[measure] for run in mine])
                 for measure in MEASURES
             }
@@ -236,23 +257,24 @@ def markdown(result: Mapping[str, Any]) -> str:
         f"{settings}. Held-out accuracy in %; mean over seeds ± standard deviation [95 % t-interval of the mean]. The "
         "intervals cover chance in training; the held-out problems are the same for all.",
         "",
-        "| algorithm | measure | before | after | change in points | after, seed by seed |",
+        "| method | measure | before | after | change in points | after, seed by seed |",
         "|---|---|---|---|---|---|",
     ]
-    for algorithm, row in result["table"].items():
+    for method, row in result["table"].items():
         for measure in MEASURES:
             found = row[measure]
             cells = [percent(found[part]) for part in ("before", "after", "change")]
             each = ", ".join(f"{100 * value:.1f}" for value in found["after"]["values"])
-            lines.append(f"| {algorithm} | {measure} | {' | '.join(cells)} | {each} |")
+            lines.append(f"| {method} | {measure} | {' | '.join(cells)} | {each} |")
     lines += [
         "",
-        "| algorithm | runs | collapses | rollouts | sampled tokens | learning tokens | seconds of training |",
-        "|---|---|---|---|---|---|---|",
+        "| method | runs | collapses | rollouts | sampled tokens | learning tokens | tokens through the layers | "
+        "seconds of training |",
+        "|---|---|---|---|---|---|---|---|",
     ]
-    for algorithm, row in result["table"].items():
-        cost = " | ".join(f"{row[name]:,.0f}" for name in ("rollouts", "sampled_tokens", "learning_tokens", "seconds"))
-        lines.append(f"| {algorithm} | {len(row['seeds'])} | {row['collapses']} | {cost} |")
+    for method, row in result["table"].items():
+        cost = " | ".join(f"{row[name]:,.0f}" for name in COSTS)
+        lines.append(f"| {method} | {len(row['seeds'])} | {row['collapses']} | {cost} |")
     lines += [
         "",
         "Costs are means per run; seconds leave out loading, evaluating and saving. A collapse is a run that ends more "
@@ -265,10 +287,10 @@ def markdown(result: Mapping[str, Any]) -> str:
             f"| minus {BASELINE}, same seed | measure | difference in points | seed by seed |",
             "|---|---|---|---|",
         ]
-    for algorithm, measures in result["paired"].items():
+    for method, measures in result["paired"].items():
         for measure, found in measures.items():
             each = ", ".join(f"{100 * value:+.1f}" for value in found["values"])
-            lines.append(f"| {algorithm} | {measure} | {percent(found)} | {each} |")
+            lines.append(f"| {method} | {measure} | {percent(found)} | {each} |")
     machine = result["machine"]
     packages = ", ".join(f"{name} {number}" for name, number in result["versions"].items())
     lines += ["", f"{machine['cpu']}, {machine['threads']} thread a run, {result['workers']} at a time; {packages}."]

@@ -32,6 +32,7 @@ from transformers import (
 from igrpo_lite.policy import logprobs as lp
 from igrpo_lite.policy.attention import GROUPED_SDPA, register
 from igrpo_lite.policy.heads import split_heads
+from igrpo_lite.policy.loading import recompute_activations
 from igrpo_lite.policy.logprobs import Layout, RowLayout, TokenLogprobs, TreeLayout, best_layout, chosen_logprobs
 from igrpo_lite.policy.tree import Branch, TokenTree, grow
 from igrpo_lite.policy.tree_attention import FlexTrees, SdpaTrees
@@ -136,7 +137,7 @@ def test_recomputed_activations_give_the_same(family: str, layout: Layout) -> No
     policy, branches = make_policy(family), hard_branches()
     weights = [torch.randn(len(branch.indices)) for branch in branches]
     wanted = expected(policy, branches, weights)
-    policy.train().gradient_checkpointing_enable({"use_reentrant": False})
+    recompute_activations(policy.train())
     passes: list[nn.Module] = []
     for layer in policy.get_base_model().model.layers:
         layer.mlp.register_forward_pre_hook(lambda module, _: passes.append(module))

@@ -128,12 +128,12 @@ def by_hand(
 
 
 def assert_same(found: Gradients, expected: Gradients, tolerance: float = 1e-5) -> None:
-    """Largest difference of each tensor relative to its largest value."""
+    """Largest difference relative to the largest value, over all tensors: advantages cancel to much smaller sums."""
     assert found.keys() == expected.keys()
     assert found
+    largest = max(float(gradient.abs().max()) for gradient in expected.values())
     for name in found:
-        error = float((found[name] - expected[name]).abs().max())
-        assert error <= tolerance * float(expected[name].abs().max()), name
+        assert float((found[name] - expected[name]).abs().max()) <= tolerance * largest, name
 
 
 def hand_gradient(config: RunConfig, policy: Policy, rollouts: Sequence[Rollout], beta: float = 0.0) -> Gradients:
@@ -226,8 +226,8 @@ def test_pruned_and_packed_equals_everything_run(parts, collect, algorithm, sett
 @pytest.mark.parametrize("quantile", [0.2, 1.0])
 @pytest.mark.parametrize("beta", [0.0, 0.05])
 def test_entropy_takes_the_tokens_of_trls_rule(parts, collect, quantile, beta):
-    """TRL's ``get_high_entropy_mask``: at or above the quantile ``1 - rho`` of all tokens' entropies. Without KL penalty,
-    completions without an advantage, which could not learn anyhow, are not among them."""
+    """TRL's ``get_high_entropy_mask``: at or above the quantile ``1 - rho`` of all tokens' entropies. Without KL
+    penalty, completions without an advantage, which could not learn anyhow, are not among them."""
     config = config_of("igrpo", max_grad_norm=1e9, tokens="entropy", top_entropy_quantile=quantile, beta=beta)
     rollouts = collect("igrpo")
     rollouts = [with_rewards(rollouts[0], "stage2", lambda i, _: float(i > 2) * (i - 4) ** 2), *rollouts[1:]]
@@ -292,7 +292,8 @@ def test_every_method_updates_the_adapter(parts, collect, algorithm, tokens):
         stats = update.step(collect(algorithm), 0, 1e-3)
         assert all(not torch.equal(p, before[name]) for name, p in parts.policy.adapter_parameters())
         again = update.step(collect(algorithm), 0, 1e-3)
-    assert 0 < stats.learning_tokens == again.learning_tokens
+    assert stats.learning_tokens > 0
+    assert stats.learning_tokens == again.learning_tokens or tokens == "entropy"
     assert 0.0 < stats.grad_norm < 100.0
     assert stats.sampler_gap is not None
     assert stats.sampler_gap < 1e-4  # the sampler's own numbers
@@ -326,13 +327,13 @@ def test_every_loss_goes_with_two_stages(parts, collect, algorithm, tokens):
 def test_the_memory_dial_does_not_change_the_gradient(parts, collect, settings):
     """From every branch alone to all in one pack; more packs run shared beginnings more often."""
     found = {}
-    for budget in (1, 300, 10**9):
+    for budget in (1, 110, 10**9):
         config = config_of("igrpo-joint", update_tokens=budget, max_grad_norm=1e9, **settings)
         found[budget] = run_update(config, parts.policy, collect("igrpo-joint"))
-    for budget in (1, 300):
+    for budget in (1, 110):
         assert_same(found[budget][0][0], found[10**9][0][0])
         assert found[budget][1].learning_tokens == found[10**9][1].learning_tokens
-    assert found[1][1].backbone_tokens > found[300][1].backbone_tokens > found[10**9][1].backbone_tokens
+    assert found[1][1].backbone_tokens > found[110][1].backbone_tokens > found[10**9][1].backbone_tokens
 
 
 @pytest.mark.parametrize("algorithm", ALGORITHMS)
@@ -384,9 +385,10 @@ def with_rewards(rollout: Rollout, stage: str, change: Callable[[int, float], fl
 
 
 def nodes_of(sequences: Sequence[tuple[tuple[int, ...], tuple[int, ...]]]) -> int:
-    """Distinct prefixes of (prompt, completion), the completion's last token left out: it predicts nothing."""
-    routes = [prompt + completion[:-1] for prompt, completion in sequences]
-    return len({route[:length] for route in routes for length in range(1, len(route) + 1)})
+    """Each prompt once, and the distinct beginnings of its completions but for their last tokens, which predict
+    nothing."""
+    below = {(prompt, completion[:n]) for prompt, completion in sequences for n in range(1, len(completion))}
+    return sum(map(len, {prompt for prompt, _ in sequences})) + len(below)
 
 
 def tokens_run(config: RunConfig, policy: Policy, rollouts: Sequence[Rollout]) -> tuple[int, UpdateStats]:

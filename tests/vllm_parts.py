@@ -9,7 +9,7 @@ from typing import Any
 
 import torch
 from torch import Tensor
-from transformers import AutoConfig, AutoModelForCausalLM
+from transformers import Qwen2Config, Qwen2ForCausalLM
 
 from igrpo_lite.policy.loading import Policy, load_policy
 from igrpo_lite.policy.prompting import prompt_builder
@@ -21,9 +21,9 @@ from igrpo_lite.tiny import MODEL_DIR
 from igrpo_lite.types import Completion, Prompt
 
 MAX_MODEL_LEN = 320
+# All of one architecture: vLLM looks at each new one in a process of its own, which takes many seconds.
 SHAPES: dict[str, dict[str, Any]] = {
     "24m": {
-        "model_type": "qwen2",
         "hidden_size": 512,
         "num_hidden_layers": 8,
         "num_attention_heads": 8,
@@ -31,22 +31,20 @@ SHAPES: dict[str, dict[str, Any]] = {
         "intermediate_size": 1536,
         "initializer_range": 0.05,
     },
-    "qwen3": {
-        "model_type": "qwen3",
+    "untied": {
         "hidden_size": 96,
         "num_hidden_layers": 3,
-        "num_attention_heads": 4,
-        "num_key_value_heads": 2,
-        "head_dim": 32,
+        "num_attention_heads": 3,
+        "num_key_value_heads": 1,
         "intermediate_size": 160,
         "initializer_range": 0.2,
         "tie_word_embeddings": False,
     },
     "narrow heads": {
-        "model_type": "llama",
         "hidden_size": 32,
         "num_hidden_layers": 1,
         "num_attention_heads": 2,
+        "num_key_value_heads": 2,
         "intermediate_size": 64,
     },
 }
@@ -59,7 +57,7 @@ def model_folder(folder: Path, shape: str, dtype: torch.dtype = torch.float32) -
     """
     settings = {"vocab_size": 575, "max_position_embeddings": 1024, "eos_token_id": 2, "pad_token_id": 0}
     torch.manual_seed(1)
-    model = AutoModelForCausalLM.from_config(AutoConfig.for_model(**settings, **SHAPES[shape]), dtype=dtype)
+    model = Qwen2ForCausalLM(Qwen2Config(**settings, **SHAPES[shape])).to(dtype)
     model.save_pretrained(folder)
     for path in MODEL_DIR.glob("*token*"):
         (folder / path.name).write_bytes(path.read_bytes())
@@ -141,7 +139,7 @@ def policy_logprobs(policy: Policy, request: Request, completion: Completion) ->
 
 
 def gap(sampler: VllmSampler, wanted: list[Request], completions: list[Completion] | None = None) -> float:
-    """Largest difference of log-probability between engine and policy; samples the requests unless it is given what came."""
+    """Largest difference of log-probability between engine and policy, on ``completions`` or on fresh ones."""
     if completions is None:
         completions = sampler.run(wanted)
     pairs = zip(wanted, completions, strict=True)

@@ -79,6 +79,14 @@ def load_policy(options: ModelOptions, seed: int, adapter: Path | None = None) -
     return Policy(peft_model, tokenizer, device, stop_ids(model, tokenizer))
 
 
+def recompute_activations(model: Any) -> None:
+    """Turn on gradient checkpointing in a way that still ends the backward pass at the lowest adapter."""
+    model.gradient_checkpointing_enable({"use_reentrant": False})
+    # transformers also makes the embeddings ask for a gradient, which only the reentrant kind needs: every layer below
+    # the lowest adapter would be run again and differentiated for nothing.
+    model.disable_input_require_grads()
+
+
 def _fresh_adapter(model: Any, options: ModelOptions, seed: int) -> PeftModel:
     # Seeded immediately before the adapter is drawn, so that nothing that happens while loading can shift it.
     torch.manual_seed(seed)

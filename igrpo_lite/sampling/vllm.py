@@ -29,7 +29,7 @@ from igrpo_lite.sampling.vllm_policy import (
     set_aside,
     write_adapter,
 )
-from igrpo_lite.types import Completion
+from igrpo_lite.types import Completion, Prompt
 
 _ADAPTER_ID = 1
 _LOWEST_TEMPERATURE = 0.01  # vLLM raises lower ones to this
@@ -73,6 +73,7 @@ class VllmSampler:
         self.tokenizer = prompts.tokenizer
         self.stop_ids = sorted({*policy.stop_ids, *prompts.end_of_turn()})
         self.max_model_len = max_model_len
+        self.vocabulary: int = policy.model.get_base_model().get_input_embeddings().num_embeddings
         self.layers = adapter_layers(policy.model)
         base = list(base_parameters(policy.model.get_base_model()).values())
         context = getattr(policy.model.config.get_text_config(), "max_position_embeddings", None) or max_model_len
@@ -182,9 +183,22 @@ class VllmSampler:
             self._died = None
             self._attach()
             self.load_adapter()
+            self._warm_up()
         except BaseException:
             self._engine.close()
             raise
+
+    def _warm_up(self) -> None:
+        """One token: some of what vLLM cannot do shows in its first step only."""
+        counts = self.decode_steps, self.sampled_tokens, self.prefill_tokens, self.cached_tokens
+        try:
+            self.run([Request(Prompt("", (self.stop_ids[0],)), 0, 1, 0.0)])
+        except SamplerError as error:
+            cause = error.__cause__ or error
+            raise ModelError(
+                f"vLLM cannot run model {self._options.model!r}: {first_line(cause)}; the transformers sampler may"
+            ) from cause
+        self.decode_steps, self.sampled_tokens, self.prefill_tokens, self.cached_tokens = counts
 
     def _share(self, model: Any) -> None:
         done = vllm_internals.share_base(self._engine.llm, model)
@@ -325,6 +339,9 @@ class _Run:
                 f"a prompt of {length} tokens and up to {request.max_tokens} more do not fit into the vLLM engine, "
                 f"which was started for {self.sampler.max_model_len} together"
             )
+        outside = [token for token in request.prompt.ids if not 0 <= token < self.sampler.vocabulary]
+        if outside:  # would kill the engine
+            raise SamplerError(f"token id {outside[0]} of a prompt is outside the model's vocabulary")
         if 0.0 < request.temperature < _LOWEST_TEMPERATURE:
             raise SamplerError(
                 f"vLLM samples at temperatures from {_LOWEST_TEMPERATURE} or at 0, not at {request.temperature}"

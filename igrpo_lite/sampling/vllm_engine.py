@@ -229,9 +229,14 @@ def kv_cache_bytes(options: EngineOptions, config: Any, given_back: bool = False
     The limits, never less than one full sequence: on a CPU 1 GiB and a quarter of the free memory; on CUDA 60 % of what
     the weights leave free if it is ``given_back`` around the update, 30 % if not.
     """
-    if options.kv_cache_bytes is not None:
-        return options.kv_cache_bytes
     sequence = _sequence_bytes(options, config)
+    if options.kv_cache_bytes is not None:
+        if options.kv_cache_bytes < sequence:
+            raise ModelError(
+                f"{_size(options.kv_cache_bytes)} for keys and values do not hold one sequence of "
+                f"{options.max_model_len} tokens, which needs {_size(sequence)}"
+            )
+        return options.kv_cache_bytes
     if options.device.type == "cpu":
         limit = min(_CPU_KV_LIMIT, psutil.virtual_memory().available // 4)
     else:
@@ -322,13 +327,12 @@ def _smaller(options: EngineOptions, config: Any, room: int) -> int:
 def _memory_ran_out(error: BaseException) -> bool:
     if isinstance(error, (torch.OutOfMemoryError, MemoryError)):
         return True
-    text = str(error)
-    return "memory" in text.lower() and "larger than the available KV cache memory" not in text
+    return "memory" in str(error).lower()
 
 
 def _refusal(vllm: ModuleType, options: EngineOptions, error: BaseException, room: int) -> str:
     said = f"vLLM {vllm.__version__} cannot run model {options.model!r}: {first_line(error)}"
-    if "memory" not in str(error).lower() and not _memory_ran_out(error):
+    if not _memory_ran_out(error):
         return f"{said}; the transformers sampler may"
     return (
         f"{said}; tried with {_size(room)} for keys and values ({options.max_num_seqs} sequences of "

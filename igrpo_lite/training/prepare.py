@@ -9,7 +9,7 @@ from dataclasses import dataclass
 from igrpo_lite.algorithms.rollout import stage2_size
 from igrpo_lite.config import RunConfig
 from igrpo_lite.errors import DataError
-from igrpo_lite.policy.loading import Policy, load_policy
+from igrpo_lite.policy.loading import Policy, load_policy, recompute_activations
 from igrpo_lite.policy.prompting import check_context, fitting, prompt_builder
 from igrpo_lite.problems.loading import load_problems
 from igrpo_lite.prompts import PromptBuilder
@@ -65,8 +65,7 @@ def prepare(config: RunConfig) -> Prepared:
             check_context(config, prompts, problem)
         policy = load_policy(config, config.seed)
         if config.gradient_checkpointing:
-            # Not reentrant: that kind needs inputs with gradients, and then runs backward below the lowest adapter too.
-            policy.model.gradient_checkpointing_enable({"use_reentrant": False})
+            recompute_activations(policy.model)
         sampler = make_sampler(policy, prompts, config.max_num_seqs)
     except BaseException:
         scorer.close()
