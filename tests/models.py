@@ -47,8 +47,8 @@ FAMILIES = {
 
 
 def make_model(family: str, scale: float = 3.0, attention: str = GROUPED_SDPA) -> PreTrainedModel:
-    """A random model whose next-token distributions are far from uniform, so that mistakes are visible. Its attention is
-    the one that models are loaded with, unless another is named."""
+    """A random model whose next-token distributions are far from uniform, so that mistakes are visible. Its attention
+    is the one that models are loaded with, unless another is named."""
     register()
     torch.manual_seed(1)
     model = FAMILIES[family]().eval()

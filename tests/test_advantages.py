@@ -7,7 +7,7 @@ import statistics
 
 import pytest
 import torch
-from hypothesis import given
+from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from igrpo_lite.algorithms.advantages import advantages, group_advantages, has_signal
@@ -44,6 +44,7 @@ def test_unscored_completions_are_left_out():
     assert has_signal(torch.tensor([1.0, math.nan, 0.0]))
 
 
+@settings(max_examples=100, deadline=None)
 @given(st.lists(st.floats(-5, 5, width=32), min_size=2, max_size=16))
 def test_mean_zero_and_unit_spread(rewards):
     found = group_advantages(torch.tensor(rewards, dtype=torch.float64), epsilon=0.0)
@@ -72,6 +73,7 @@ def test_scales_by_hand(scale, expected):
 
 
 @pytest.mark.parametrize("scale", ["group", "batch", "none"])
+@settings(max_examples=100, deadline=None)
 @given(st.lists(st.lists(st.floats(-5, 5, width=32) | st.just(math.nan), max_size=6), max_size=4))
 def test_every_scale_equals_the_formula(scale, groups):
     found = advantages([torch.tensor(row, dtype=torch.float64) for row in groups], scale, epsilon=0.01)

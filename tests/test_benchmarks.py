@@ -1,9 +1,13 @@
-"""The benchmark scripts: their arithmetic on known numbers, and one small run of the sampler's. Never times."""
+"""The benchmark scripts: their arithmetic on known numbers, and small runs of the sampler's and the update's. Never
+times."""
 
 from __future__ import annotations
 
 import importlib
 import json
+import random
+import statistics
+from itertools import combinations
 from pathlib import Path
 from types import ModuleType
 from typing import Any
@@ -171,3 +175,85 @@ def test_uneven_lengths_have_a_heavy_tail(script):
     assert lengths[0] >= 4
     assert lengths[-1] == 256
     assert sum(lengths) / 128 > 1.5 * lengths[64]
+
+
+def test_contenders_take_turns_in_an_order_that_rotates(script):
+    calls = []
+    contenders = {name: lambda name=name: calls.append(name) for name in "abc"}
+    seconds = script("measuring").take_turns(contenders, 3, finish=lambda: calls.append("."))
+    assert "".join(calls) == "a.b.c." + "b.c.a." + "c.a.b."
+    assert {(name, clock): len(values) for name, clocks in seconds.items() for clock, values in clocks.items()} == {
+        (name, clock): 3 for name in "abc" for clock in ("wall", "cpu")
+    }
+
+
+def test_ratios_are_taken_within_turns(script):
+    assert script("measuring").paired([1.0, 6.0, 2.0], [2.0, 3.0, 8.0]) == {"median": 0.5, "min": 0.25, "max": 2.0}
+
+
+def test_memory_is_that_of_live_storages(script):
+    weight = torch.zeros(1000, requires_grad=True)
+
+    def run() -> None:
+        dropped = weight * 3  # 4,000 bytes that are gone before anything else is made
+        del dropped
+        view = weight.exp().view(10, 100)  # 4,000 bytes, kept
+        loss = view.sum()  # 4 bytes
+        loss.backward()  # 4 bytes of ones, a view of them, 4,000 bytes of gradient
+
+    memory = script("memory")
+    assert memory.activation_memory(run, torch.device("cpu")) == {"peak": 8008, "kept": 4004}
+    assert memory.activation_memory(run, torch.device("cpu"))["kept"] == 4004  # and nothing is left over
+
+
+def test_branching_completions_part_as_samples_do(script):
+    branching = script("update_cases").branching
+
+    def last_branch(group: int, root: int) -> int:
+        completions = [branching(random.Random(f"{root} {index}"), 120, 1000, root) for index in range(group)]
+        pairs = [(a, b) for a, b in combinations(completions, 2) if a != b]
+        return max(next(t for t in range(120) if a[t] != b[t]) for a, b in pairs)
+
+    for group, depth in ((8, 24), (16, 34)):
+        assert statistics.median(last_branch(group, root) for root in range(40)) == pytest.approx(depth, abs=5)
+
+
+def test_the_update_benchmark_compares_equal_work(script, tmp_path):
+    pytest.importorskip("trl", minversion="1.16")  # 1.15 does not run without a GPU
+    cases = "stage2-a-rows stage2-a-cpu stage2-a-small-batches s-grpo-b t-spmo-a entropy-a grpo-long-prompt-v152k heads"
+    threads = torch.get_num_threads()
+    script("update").main(["--quick", "--cases", *cases.split(), "--json", str(tmp_path / "out.json")])
+    torch.set_num_threads(threads)
+    result = json.loads((tmp_path / "out.json").read_text())
+    assert result["versions"]["trl"].startswith("1.")
+    found = result["cases"]
+    assert found.keys() == {*cases.split()[:-1], "heads vocabulary 257", "heads vocabulary 389"}
+    for case in found.values():
+        assert len(case["ratios"]) >= 1
+        for side in case["sides"].values():
+            assert side["difference"]["gradients"] < 1e-4
+            assert side["difference"]["loss"] < 1e-4
+            assert side["memory"]["peak"] >= side["memory"]["kept"] >= 0
+
+    def counts(case: str) -> dict[str, tuple[int, int]]:
+        return {name: (s["backbone_tokens"], s["head_rows"]) for name, s in found[case]["sides"].items()}
+
+    # Prompt 32 with the draft, 8 completions of 24. A completion's last token predicts nothing, and is not run.
+    assert counts("stage2-a-rows") == {
+        "ours": (32 + 8 * 23, 8 * 24),
+        "ours-rows": (8 * (32 + 23), 8 * 24),
+        "trl": (8 * (32 + 24), 8 * 24),
+    }
+    assert counts("stage2-a-cpu")["trl-cpu"] == (8 * 56, 8 * 55)
+    budget = 2 * 56  # three completions fit with their prompt, so there are three trees
+    assert counts("stage2-a-small-batches") == {"ours": (3 * 32 + 8 * 23, 8 * 24), "trl": (8 * 56, 8 * 24)}
+    assert 32 + 3 * 23 <= budget < 32 + 4 * 23
+    tokens, rows = counts("s-grpo-b")["s-grpo"]
+    assert rows == 8 * round(200 / 32)
+    assert 32 + 8 * 5 <= tokens < counts("s-grpo-b")["full"][0] / 2
+    tokens, rows = counts("t-spmo-a")["t-spmo"]
+    assert rows <= 2 * (8 - 1)
+    assert tokens < counts("t-spmo-a")["full"][0]
+    tokens, rows = counts("entropy-a")["full"]
+    assert tokens < counts("entropy-a")["entropy"][0] <= 2 * tokens
+    assert rows * 1.1 < counts("entropy-a")["entropy"][1] < rows * 1.5

@@ -6,8 +6,10 @@ import json
 import math
 import random
 from collections.abc import Iterable
+from itertools import pairwise
 from typing import Any
 
+import psutil
 import pytest
 
 from igrpo_lite.config import RunConfig
@@ -240,6 +242,134 @@ def test_dead_looks_at_what_learns_and_can_be_switched_off() -> None:
     masked = Health(config(patience_dead=5))
     run(masked, (healthy(step, learning_sequences=0) for step in range(1, 6)))
     assert masked.dead() is not None
+
+
+@pytest.mark.parametrize("algorithm", ["grpo", "igrpo", "igrpo-joint"])
+def test_replays_alone_are_a_learning_signal(algorithm: str) -> None:
+    settings = {"algorithm": algorithm, "patience_dead": 3}
+    for share, stops in ((0.25, False), (0.0, True), (None, True)):
+        health = Health(config(**settings))
+        still = both("informative", 0.0) if algorithm != "grpo" else {"stage1/informative": 0.0}
+        run(health, (healthy(s, algorithm, **still, **{"replay/informative": share}) for s in range(1, 4)))
+        assert (health.dead() is not None) is stops
+    frozen = Health(config(**settings))
+    stream = (healthy(s, algorithm, **still, **{"replay/informative": 0.5}, grad_norm=0.0) for s in range(1, 4))
+    assert "frozen" in codes(run(frozen, stream)), "replays taught something, so there should be a gradient"
+
+
+@pytest.mark.parametrize(("kept", "stops"), [(0, True), (1, False)])
+def test_with_dynamic_sampling_dead_is_a_step_that_keeps_nothing(kept: int, stops: bool) -> None:
+    health = Health(config(patience_dead=3, dynamic_sampling=2))
+    still = both("informative", 0.0) | {"dynamic/kept": kept, "dynamic/rounds": 2, "dynamic/problems": 24}
+    run(health, (healthy(step, **still) for step in range(1, 4)))
+    assert (health.dead() is not None) is stops
+
+
+def gaps(values: Iterable[float | None], **settings: Any) -> list[tuple[int, Finding]]:
+    health = Health(config(**settings))
+    return run(health, (healthy(step, sampler_gap=value) for step, value in enumerate(values, start=1)))
+
+
+def test_a_sampler_that_parts_from_the_policy_is_told_and_then_stops_the_run() -> None:
+    assert gaps([0.004, None, 0.02, 0.03, 0.9, 0.9, 0.01, 0.9]) == [], "two steps may be chance"
+    told = gaps([0.1, 0.2, 0.06, 0.3])
+    assert [(step, f.code, f.level) for step, f in told] == [(3, "sampler-gap", "warning")]
+    assert "0.12 nats" in told[0][1].text
+    for cause in ("older adapter", "other base weights", "--temperature", "--dtype float32"):
+        assert cause in told[0][1].text
+    stopped = gaps([0.6, 0.7, None, 0.8, 0.9, 0.6, 0.7])
+    assert [(step, f.level) for step, f in stopped] == [(6, "stop"), (7, "stop")], "as often as it is found"
+
+
+def test_a_cut_off_distribution_explains_a_gap_of_its_own_size() -> None:
+    """Every kept set has a probability of at least top_p, so it alone parts them by -ln(top_p) at most."""
+    assert gaps([-math.log(0.5)] * 4, top_p=0.5) == []
+    told = gaps([-math.log(0.5) + 0.1] * 4, top_p=0.5)
+    assert [f.level for _, f in told] == ["warning"]
+    assert "--top-p (now 0.5)" in told[0][1].text
+    assert {f.level for _, f in gaps([-math.log(0.5) + 0.6] * 4, top_p=0.5)} == {"stop"}
+    assert gaps([2.0] * 6, min_p=0.1) == [], "no bound is known"
+
+
+def using(rss: Iterable[float], kind: str = "rss", **settings: Any) -> list[tuple[int, Finding]]:
+    health = Health(config(**settings))
+    return run(health, (healthy(step, memory={kind: mib}) for step, mib in enumerate(rss, start=1)))
+
+
+def noise(step: int) -> float:
+    return random.Random(f"memory {step}").uniform(-40, 40)
+
+
+def test_memory_that_leaks_is_told_with_what_is_left(monkeypatch: pytest.MonkeyPatch) -> None:
+    class Machine:
+        total = 8192 * 2**20
+
+    monkeypatch.setattr(psutil, "virtual_memory", Machine)
+    found = using(800 + 6 * step + noise(step) for step in range(1, 121))
+    assert codes(found) == ["memory:rss"]
+    step, finding = found[0]
+    assert 70 <= step <= 90, "30 steps of warm-up, then at least 40, and a growth of a quarter"
+    assert finding.level == "warning"
+    assert "--rebuild-steps" in finding.text
+    slope = float(finding.text.split(" MiB a step")[0].rpartition(" ")[2])
+    assert slope == pytest.approx(6, rel=0.2)
+    left = int(finding.text.partition("about ")[2].partition(" steps")[0].replace(",", ""))
+    assert left == pytest.approx((8192 - 800 - 6 * step) / 6, rel=0.2)
+    assert {later - sooner for (sooner, _), (later, _) in pairwise(found)} == {SILENT_STEPS}
+    plain = using((800 + 6 * step for step in range(1, 121)), sampler="transformers")
+    assert "--rebuild-steps" not in plain[0][1].text
+    device = using((800 + 6 * step for step in range(1, 121)), kind="device")
+    assert codes(device) == ["memory:device"]
+    assert "it is full" not in device[0][1].text
+
+
+def test_a_slow_leak_is_found_in_a_long_run() -> None:
+    found = using(4000 + step + 3 * noise(step) for step in range(1, 2500))
+    assert codes(found) == ["memory:rss"]
+    assert 900 < found[0][0] < 1500, "a quarter of 4,000 MiB at 1 MiB a step, less what a noisy start hides"
+
+
+@pytest.mark.parametrize(
+    "used",
+    [
+        [800.0 + 3 * noise(step) for step in range(400)],
+        [800.0 + 20 * min(step, 25) + noise(step) for step in range(400)],  # warm-up
+        [800.0 + 600 * (step > 90) + noise(step) for step in range(400)],  # one large allocation
+        [800.0 + 400 * (step > 60) + 400 * (step > 150) for step in range(400)],
+        [800.0 + 900 * (1 - 0.98**step) + noise(step) for step in range(120, 700)],  # levels off
+        [800.0 + 700 * (step % 50 == 0) for step in range(400)],  # evaluations
+        [30000.0 + 10 * step for step in range(400)],  # small beside what is there
+        [200.0 + step for step in range(180)],  # small in itself
+        [3000.0 - 5 * step for step in range(400)],
+    ],
+)
+def test_memory_that_does_not_leak_is_left_alone(used: list[float]) -> None:
+    assert using(used) == []
+
+
+def test_a_new_process_or_engine_starts_the_watch_anew() -> None:
+    """Each time it falls back before it has grown by a quarter; afterwards a leak is found as fast as before."""
+    saw = [4000.0 + 10 * (step % 90) if step % 90 else 2000.0 for step in range(400)]
+    assert using(saw) == []
+    steep = [800.0 + 6 * step for step in range(1, 61)] + [800.0 + 6 * step for step in range(1, 101)]
+    assert 60 + 69 < using(steep)[0][0] < 60 + 80
+
+
+@pytest.mark.parametrize("resumed_at", [1, 35, 75, 180, 400])
+def test_the_watch_goes_on_where_it_was(resumed_at: int) -> None:
+    stream = [healthy(step, memory={"rss": 3000 + 2 * step + noise(step)}) for step in range(1, 600)]
+    straight, first, second = (Health(config()) for _ in range(3))
+    expected = run(straight, stream)
+    found = run(first, stream[:resumed_at])
+    state = json.loads(json.dumps(first.state()))
+    second.load_state(state)
+    assert second.state() == first.state()
+    assert found + run(second, stream[resumed_at:]) == expected
+    assert second.state() == straight.state()
+    assert codes(expected) == ["memory:rss"]
+    assert len(json.dumps(straight.state()["memory"])) < 5000
+    before_memory = {key: value for key, value in state.items() if key != "memory"}
+    Health(config()).load_state(before_memory)  # a checkpoint of an earlier version
 
 
 def faulty(step: int) -> Metrics:

@@ -21,6 +21,7 @@ from torch.nn.attention.flex_attention import flex_attention
 from torch.utils._python_dispatch import TorchDispatchMode
 from transformers import (
     AutoModelForCausalLM,
+    Gemma2Config,
     GPTBigCodeConfig,
     MistralConfig,
     PretrainedConfig,
@@ -373,6 +374,8 @@ _SHAPE: dict[str, Any] = {
             ),
             RowLayout,
         ),
+        # Our attention knows of no cap on its scores.
+        (Gemma2Config(**_SHAPE, num_key_value_heads=2, head_dim=8, layer_types=["full_attention"] * 2), RowLayout),
         # Its layers do not hand on what they do not know, so the trees would never reach the attention.
         (StableLmConfig(**_SHAPE, num_key_value_heads=4), RowLayout),
         (StableLmConfig(**_SHAPE, num_key_value_heads=2), RowLayout),

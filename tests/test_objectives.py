@@ -6,7 +6,7 @@ import math
 
 import pytest
 import torch
-from hypothesis import given
+from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from igrpo_lite.algorithms.objectives import TokenLoss, Totals, reduce_loss, sampler_weights, token_loss
@@ -47,6 +47,7 @@ def scalar_loss(options: RunConfig, ratio, logprob, advantage, reference, weight
 
 @pytest.mark.parametrize("kind", [None, *KINDS])
 @pytest.mark.parametrize("bounds", [{}, {"epsilon_high": 0.28, "delta": 1.5}])
+@settings(max_examples=50, deadline=None)
 @given(rows=small_rows, advantage=st.floats(-2, 2, width=32))
 def test_every_token_equals_the_formula(kind, bounds, rows, advantage):
     options = RunConfig(loss_type=kind, beta=0.05, **bounds)
@@ -64,7 +65,7 @@ def test_every_token_equals_the_formula(kind, bounds, rows, advantage):
 
 
 @pytest.mark.parametrize(
-    ("settings", "ratio", "advantage", "expected", "clipped"),
+    ("overrides", "ratio", "advantage", "expected", "clipped"),
     [
         ({}, 1.5, 0.5, -0.6, True),
         ({}, 1.5, -0.5, 0.75, False),
@@ -79,15 +80,15 @@ def test_every_token_equals_the_formula(kind, bounds, rows, advantage):
         ({"delta": 1.1}, 1.15, 1.0, -1.1, True),
     ],
 )
-def test_clipping_by_hand(settings, ratio, advantage, expected, clipped):
-    options, advantages = RunConfig(**settings), torch.tensor([advantage])
+def test_clipping_by_hand(overrides, ratio, advantage, expected, clipped):
+    options, advantages = RunConfig(**overrides), torch.tensor([advantage])
     found = token_loss(row(math.log(ratio)), row(0.0), advantages, row(1).bool(), options)
     assert float(found.loss) == pytest.approx(expected, rel=1e-6)
     assert bool(found.clipped) is clipped
 
 
 @pytest.mark.parametrize(
-    ("settings", "ratio", "advantage", "weight", "capped"),
+    ("overrides", "ratio", "advantage", "weight", "capped"),
     [
         ({}, 6.0, 1.0, 5.0, True),
         ({}, 6.0, -1.0, 5.0, True),
@@ -97,8 +98,8 @@ def test_clipping_by_hand(settings, ratio, advantage, expected, clipped):
         ({}, 6.0, 0.0, 5.0, False),
     ],
 )
-def test_cispos_cap_by_hand(settings, ratio, advantage, weight, capped):
-    options, advantages = RunConfig(loss_type="cispo", **settings), torch.tensor([advantage])
+def test_cispos_cap_by_hand(overrides, ratio, advantage, weight, capped):
+    options, advantages = RunConfig(loss_type="cispo", **overrides), torch.tensor([advantage])
     found = token_loss(row(-0.5), row(-0.5 - math.log(ratio)), advantages, row(1).bool(), options)
     assert float(found.loss) == pytest.approx(weight * advantage * 0.5)
     assert bool(found.clipped) is capped
@@ -112,14 +113,14 @@ def test_k3_by_hand(log_rho, kl):
     assert float(found.loss) == pytest.approx(kl, abs=1e-6)
 
 
-def off_policy(**settings):
+def off_policy(**options):
     """Log-probabilities that moved since sampling: (loss summed and differentiated, ratio, rho, advantages, mask)."""
     logprobs = torch.randn(3, 6, dtype=torch.float64, requires_grad=True)
     old = logprobs.detach() + 0.3 * torch.randn(3, 6, dtype=torch.float64)
     reference = logprobs.detach() + 0.3 * torch.randn(3, 6, dtype=torch.float64)
     advantages = torch.tensor([1.0, -0.7, 0.4], dtype=torch.float64)
     mask = torch.arange(6)[None] < torch.tensor([[6], [4], [1]])
-    found = token_loss(logprobs, old, advantages, mask, RunConfig(**settings), reference)
+    found = token_loss(logprobs, old, advantages, mask, RunConfig(**options), reference)
     found.loss.sum().backward()
     log_ratio = (logprobs - old).detach()
     return logprobs.grad, log_ratio, torch.exp(reference - logprobs).detach(), advantages[:, None], mask, found
@@ -196,6 +197,7 @@ def test_token_advantages_of_either_shape(kind):
 
 
 @pytest.mark.parametrize("mode", MODES)
+@settings(max_examples=50, deadline=None)
 @given(rows=small_rows, cap=st.sampled_from([0.8, 1.5, 3.0]))
 def test_sampler_weights_equal_the_formula(mode, rows, cap):
     options = RunConfig(importance_sampling_mode=mode, importance_sampling_clip_max=cap)
@@ -228,6 +230,7 @@ def test_kl_is_not_weighted_by_the_sampler():
 
 @pytest.mark.parametrize("tokens", ["all", "t-spmo"])
 @pytest.mark.parametrize("kind", [None, *KINDS])
+@settings(max_examples=50, deadline=None)
 @given(rows=small_rows, spare=st.integers(0, 5), factor=st.sampled_from([1.0, 2.5]))
 def test_reduction_equals_the_formula(kind, tokens, rows, spare, factor):
     """``spare``: learning sequences, of one token each, that were left out; ``factor``: tokens beyond the weighted."""

@@ -8,12 +8,12 @@ import shutil
 import pytest
 import torch
 from models import FAMILIES, make_model
-from transformers import AutoTokenizer, BertConfig, BertModel, GPT2Config, GPT2LMHeadModel
+from transformers import AutoModelForCausalLM, AutoTokenizer, BertConfig, BertModel, GPT2Config, GPT2LMHeadModel
 
 from igrpo_lite.config import ModelOptions
 from igrpo_lite.errors import ModelError
 from igrpo_lite.policy.heads import check_split, split_heads
-from igrpo_lite.policy.loading import load_policy, load_tokenizer, pick_device, pick_dtype
+from igrpo_lite.policy.loading import adapter_layers, load_policy, load_tokenizer, pick_device, pick_dtype
 from igrpo_lite.tiny import MODEL_DIR
 
 
@@ -111,3 +111,60 @@ def test_a_tokenizer_without_end_is_refused(tmp_path):
 def test_lora_targets_that_do_not_exist():
     with pytest.raises(ModelError, match="lora_target_modules"):
         load_policy(ModelOptions(lora_target_modules=["no_such_layer"]), 0)
+
+
+@pytest.mark.parametrize(
+    ("spec", "layers", "expected"),
+    [
+        ("all", 24, None),
+        ("last half", 24, range(12, 24)),
+        ("last third", 24, range(16, 24)),
+        ("last-third", 28, range(19, 28)),
+        ("last quarter", 24, range(18, 24)),
+        ("last 5", 24, range(19, 24)),
+        ("last 12", 24, range(12, 24)),
+        ("last 99", 24, range(24)),
+        ("last quarter", 1, range(1)),
+        ("last third", 4, range(3, 4)),
+    ],
+)
+def test_layers_that_get_an_adapter(spec, layers, expected):
+    assert adapter_layers(spec, layers) == (None if expected is None else list(expected))
+
+
+def adapted(policy):
+    return {name.split(".lora_")[0] for name, _ in policy.adapter_parameters()}
+
+
+def test_an_adapter_on_the_last_layers_is_the_whole_one_without_the_others():
+    everywhere, last = (load_policy(ModelOptions(lora_layers=spec), 0) for spec in ("all", "last half"))
+    assert adapted(last) == {name for name in adapted(everywhere) if ".layers.2." in name or ".layers.3." in name}
+    assert 0 < len(adapted(last)) == len(adapted(everywhere)) / 2
+    one = load_policy(ModelOptions(lora_layers="last 1", lora_target_modules=["q_proj", "v_proj"]), 0)
+    assert {name.partition(".layers.")[2] for name in adapted(one)} == {"3.self_attn.q_proj", "3.self_attn.v_proj"}
+
+
+def test_layers_of_other_names_and_kinds(tmp_path):
+    """GPT-2 calls its layers ``h``, and its linear layers are not ``nn.Linear``."""
+    GPT2LMHeadModel(GPT2Config(vocab_size=575, n_positions=64, n_embd=32, n_layer=3, n_head=2)).save_pretrained(
+        tmp_path
+    )
+    AutoTokenizer.from_pretrained(MODEL_DIR).save_pretrained(tmp_path)
+    policy = load_policy(ModelOptions(model=str(tmp_path), lora_layers="last 1"), 0)
+    found = {name.partition("transformer.")[2] for name in adapted(policy)}
+    assert found == {"h.2.attn.c_attn", "h.2.attn.c_proj", "h.2.mlp.c_fc", "h.2.mlp.c_proj"}
+
+
+@pytest.mark.parametrize("tied", [True, False])
+@pytest.mark.parametrize("targets", [["lm_head"], ["q_proj", "lm_head"]])
+def test_an_adapter_on_the_output_layer_is_refused(tmp_path, tied, targets):
+    shutil.copytree(MODEL_DIR, tmp_path / "model")
+    model = AutoModelForCausalLM.from_pretrained(MODEL_DIR)
+    if not tied:
+        model.config.tie_word_embeddings = False
+        model.lm_head.weight = torch.nn.Parameter(model.lm_head.weight.detach().clone())
+    model.save_pretrained(tmp_path / "model")
+    options = ModelOptions(model=str(tmp_path / "model"), lora_target_modules=targets)
+    with pytest.raises(ModelError, match="lora_target_modules: the output layer"):
+        load_policy(options, 0)
+    assert adapted(load_policy(options.model_copy(update={"lora_target_modules": ["q_proj"]}), 0))

@@ -2,16 +2,21 @@
 
 from __future__ import annotations
 
+import dataclasses
+import math
 import random
+from itertools import pairwise
 
 import pytest
 import torch
+from hypothesis import given
+from hypothesis import strategies as st
 from models import FAMILIES, VOCAB, IdTokenizer, make_model, make_policy
 from peft import LoraConfig, get_peft_model
 
 from igrpo_lite.sampling.base import Request, request_seed
 from igrpo_lite.sampling.replica import Replica, can_merge
-from igrpo_lite.sampling.transformers import TransformersSampler
+from igrpo_lite.sampling.transformers import TransformersSampler, cut_off
 from igrpo_lite.types import Completion, Prompt
 
 STOP = (1, 2, 3)
@@ -91,6 +96,146 @@ def test_sampling_follows_the_distribution():
     freedom = int(likely.sum())
     assert freedom > 20
     assert statistic < freedom + 4 * (2 * freedom) ** 0.5
+
+
+def brute_force_cut(probabilities: list[float], top_p: float, min_p: float) -> list[float]:
+    """One token after the other: those of ``min_p``, then the likeliest until they reach ``top_p`` of what is left."""
+    likely = [p if p >= min_p * max(probabilities) else 0.0 for p in probabilities]
+    left = [p / math.fsum(likely) for p in likely]
+    kept, total = [0.0] * len(left), 0.0
+    for token in sorted(range(len(left)), key=lambda token: -left[token]):
+        if total >= top_p or not left[token]:
+            break
+        kept[token] = left[token]
+        total += left[token]
+    return [p / math.fsum(kept) for p in kept]
+
+
+CUTS = [(0.9, 0.0), (1.0, 0.2), (0.7, 0.1), (0.5, 0.0), (1e-6, 0.0), (1.0, 0.999), (0.99, 0.001)]
+
+
+@given(
+    st.lists(st.integers(1, 40), min_size=1, max_size=12),
+    st.sampled_from([0.05, 0.3, 0.5, 0.77, 0.9, 1.0]),
+    st.sampled_from([0.0, 0.01, 0.13, 0.52, 0.99]),
+)
+def test_what_is_cut_off_by_brute_force(weights, top_p, min_p):
+    """Equal weights among them. Where a limit is met exactly, rounding may decide either way."""
+    probabilities = [weight / sum(weights) for weight in weights]
+    logprobs = torch.tensor([probabilities], dtype=torch.float64).log()
+    found = cut_off(logprobs, torch.tensor([[top_p]]).double(), torch.tensor([[min_p]]).double())[0].exp()
+    one, *others = [
+        torch.tensor(brute_force_cut(probabilities, top_p + sign * 1e-9 * (top_p < 1), min_p + other * 1e-9))
+        for sign, other in ((-1, -1), (1, 1), (-1, 1), (1, -1))
+    ]
+    equal = [torch.allclose(found, way.double(), rtol=1e-6, atol=1e-9) for way in (one, *others)]
+    assert all(equal) if all(torch.equal(one, other) for other in others) else any(equal)
+
+
+@pytest.mark.parametrize(("top_p", "min_p"), CUTS)
+@pytest.mark.parametrize("temperature", [1.0, 0.6])
+def test_cut_off_logprobs_are_of_the_distribution_sampled_from(top_p, min_p, temperature):
+    policy, prompts = make_policy("qwen3"), make_prompts(3)
+    requests = [
+        dataclasses.replace(request, top_p=top_p, min_p=min_p)
+        for request in sampled_requests(prompts, 3, temperature=temperature)
+    ]
+    for request, completion in zip(requests, make_sampler(policy).run(requests), strict=True):
+        with torch.no_grad():
+            logits = policy(input_ids=torch.tensor([request.prompt.ids + completion.ids])).logits[0].double()
+        full = torch.softmax(logits[len(request.prompt.ids) - 1 : -1] / temperature, dim=-1)
+        for token, logprob, row in zip(completion.ids, completion.logprobs, full.tolist(), strict=True):
+            expected = brute_force_cut(row, top_p, min_p)[token]
+            assert expected > 0
+            assert logprob == pytest.approx(math.log(expected), rel=1e-3, abs=1e-3)
+
+
+@pytest.mark.parametrize(("top_p", "min_p"), [(0.9, 0.0), (1.0, 0.5), (0.7, 0.3)])
+def test_sampling_follows_the_cut_off_distribution(top_p, min_p):
+    policy, prompt = make_model("llama", scale=1.5), make_prompts(1)[0]
+    sampler = make_sampler(_as_policy(policy), slots=256, stop=())
+    requests = [Request(prompt, request_seed("cut", i), 1, 0.8, top_p=top_p, min_p=min_p) for i in range(4000)]
+    with torch.no_grad():
+        logits = policy(input_ids=torch.tensor([prompt.ids])).logits[0, -1].double() / 0.8
+    probabilities = torch.tensor(brute_force_cut(torch.softmax(logits, -1).tolist(), top_p, min_p)).double()
+    counts = torch.bincount(torch.tensor([c.ids[0] for c in sampler.run(requests)]), minlength=VOCAB).double()
+    assert counts[probabilities == 0].sum() == 0
+    likely = probabilities * 4000 > 5
+    expected = 4000 * probabilities[likely]
+    freedom = int(likely.sum())
+    assert 5 < freedom < VOCAB
+    assert float(((counts[likely] - expected) ** 2 / expected).sum()) < freedom + 4 * (2 * freedom) ** 0.5
+
+
+def test_cut_off_rows_leave_the_others_as_they_are():
+    """Pure and greedy rows keep every bit, whatever stands beside them."""
+    policy, prompts = make_policy("qwen2"), make_prompts(3)
+    pure = sampled_requests(prompts, 2) + [Request(prompt, 0, 20, 0.0) for prompt in prompts]
+    alone = make_sampler(policy).run(pure + sampled_requests(prompts, 2, temperature=0.9))
+    beside = [dataclasses.replace(r, top_p=0.8, min_p=0.05) for r in sampled_requests(prompts, 2, temperature=0.9)]
+    mixed = make_sampler(policy).run(pure + beside)
+    assert [c.ids for c in mixed[:9]] == [c.ids for c in alone[:9]]
+    assert [c.ids for c in mixed[9:]] != [c.ids for c in alone[9:]]
+    greedy = [dataclasses.replace(r, top_p=0.8, min_p=0.05) for r in pure[6:]]
+    assert make_sampler(policy).run(greedy) == make_sampler(policy).run(pure[6:])
+    first = {(r.seed, r.prompt.ids, r.temperature): c.logprobs[0] for r, c in zip(pure, alone[:9], strict=True)}
+    assert first == {(r.seed, r.prompt.ids, r.temperature): c.logprobs[0] for r, c in zip(pure, mixed[:9], strict=True)}
+
+
+def test_cut_off_samples_do_not_depend_on_the_batch():
+    policy, prompts = make_policy("qwen2"), make_prompts(4)
+    requests = [
+        dataclasses.replace(request, top_p=0.9 if place % 3 else 1.0, min_p=0.1 * (place % 2))
+        for place, request in enumerate(sampled_requests(prompts, 5))
+    ]
+    reference = [c.ids for c in make_sampler(policy, slots=64).run(requests)]
+    for slots in (1, 4, 9):
+        assert [c.ids for c in make_sampler(policy, slots=slots).run(requests)] == reference
+
+
+def test_nothing_is_sorted_where_no_row_asks(monkeypatch):
+    """The price of a sorted vocabulary is paid only by those who want it."""
+    calls, sort = [], torch.Tensor.sort
+    monkeypatch.setattr(torch.Tensor, "sort", lambda self, *a, **k: calls.append(self.shape) or sort(self, *a, **k))
+    sampler, requests = make_sampler(make_policy("qwen2")), sampled_requests(make_prompts(2), 2)
+    sampler.run(requests)
+    assert not calls
+    sampler.run([dataclasses.replace(requests[0], top_p=0.9), *requests[1:]])
+    assert set(calls) == {(1, VOCAB)}
+
+
+def test_poll_is_asked_between_steps_and_may_go_on_when_all_is_done():
+    policy, prompts = make_policy("qwen3"), make_prompts(3)
+    sampler, asked, joined = make_sampler(policy, stop=()), [], []
+    late = [Request(prompts[1], 3, 6), Request(prompts[2], 4, 6)]
+
+    def poll(idle: bool) -> list[Request]:
+        asked.append((idle, sampler.decode_steps))
+        if len(asked) == 4:
+            return [late[0]]
+        return [late[1]] if idle and len(joined) == 2 else []
+
+    def on_finished(request: Request, completion: Completion) -> list[Request]:
+        joined.append(request.seed)
+        return []
+
+    (first,) = sampler.run([Request(prompts[0], 2, 10)], on_finished, poll)
+    assert len(first.ids) == 10
+    assert sorted(joined[:2]) == [2, 3]
+    assert joined[2:] == [4]
+    assert [idle for idle, _ in asked].count(True) == 2, "once to go on, once to end"
+    assert asked[-1][0]
+    steps = [step for _, step in asked]
+    assert all(after - before <= 1 for before, after in pairwise(steps)), "after every step"
+
+
+def test_shared_prefills_are_counted_as_cached():
+    policy, prompts = make_policy("qwen2"), make_prompts(4)
+    for slots in (64, 3):
+        sampler = make_sampler(policy, slots=slots)
+        sampler.run(sampled_requests(prompts, 8))
+        assert sampler.prefill_tokens == sum(len(p.ids) for p in prompts)
+        assert sampler.prefill_tokens + sampler.cached_tokens == 8 * sum(len(p.ids) for p in prompts)
 
 
 def test_follow_ups_join_and_are_sampled_alike():

@@ -91,6 +91,88 @@ def test_contradictions_are_named(given: dict[str, Any], reason: str) -> None:
     assert reason in found
 
 
+@pytest.mark.parametrize(
+    ("given", "words"),
+    [
+        ({"tokens": "t-spmo", "loss_type": "dapo"}, "loss_type: dapo does not go with tokens t-spmo"),
+        ({"tokens": "t-spmo", "loss_type": "grpo"}, "leave loss_type out"),
+        ({"tokens": "s-grpo", "sgrpo_norm": "ht", "sgrpo_k": 8}, "sgrpo_k: must be 0 with sgrpo_norm ht, not 8"),
+        ({"tokens": "s-grpo", "sgrpo_norm": "ht", "sgrpo_preset": "long"}, "sgrpo_k: must be 0 with sgrpo_norm ht"),
+        ({"tokens": "s-grpo", "sgrpo_p": 0.0}, "sgrpo_p: 0 with sgrpo_alpha 0 leaves no token to learn from"),
+        ({"loss_type": "cispo", "epsilon_high": 0.28}, "epsilon_high: cispo takes it as the highest ratio itself"),
+        ({"loss_type": "dapo", "epsilon_high": 0.1}, "epsilon_high: 0.1 is below epsilon 0.2"),
+        (
+            {"lora_layers": "last sixth"},
+            "lora_layers: must be all, last half, last third, last quarter or last <number>",
+        ),
+        ({"lora_layers": "last 0"}, "not 'last 0'"),
+        ({"lora_layers": "first half"}, "not 'first half'"),
+        ({"tokens": "s_grpo"}, "did you mean s-grpo?"),
+        ({"tokens": "sgrpo"}, "did you mean s-grpo?"),
+        ({"loss_type": "drgrpo"}, "did you mean dr_grpo?"),
+        ({"delta": 1.0}, "delta: must be a number above 1"),
+        ({"tspmo_min_visits": 1}, "at least 2"),
+        ({"top_entropy_quantile": 0.0}, "above 0"),
+        ({"sgrpo_p": 1.5}, "from 0 to 1"),
+    ],
+)
+def test_findings_about_the_update(given: dict[str, Any], words: str) -> None:
+    (found,) = findings(**given)
+    assert words in found
+    assert found.split(":")[0] in given or found.startswith("sgrpo_k")
+
+
+@pytest.mark.parametrize(
+    "given",
+    [
+        {"tokens": "s-grpo", "sgrpo_norm": "ht"},
+        {"tokens": "s-grpo", "sgrpo_norm": "ht", "sgrpo_preset": "long", "sgrpo_k": 0},
+        {"tokens": "s-grpo", "sgrpo_p": 0, "sgrpo_alpha": 5},
+        {"loss_type": "cispo", "epsilon_high": 5.0},
+        {"loss_type": "cispo"},
+        {"tokens": "t-spmo"},
+        {"lora_layers": "last-third"},
+        {"lora_layers": "last 12"},
+        {"sgrpo_norm": "ht", "sgrpo_k": 8},
+    ],
+)
+def test_nothing_to_say_about_the_update(given: dict[str, Any]) -> None:
+    assert findings(**given) == []
+
+
+@pytest.mark.parametrize(
+    ("given", "expected"),
+    [
+        ({"max_completion_length": 599}, ("short", 0, 0.4, 0)),
+        ({"max_completion_length": 600}, ("long", 100, 0.5, 300)),
+        ({"max_completion_length": 2048, "sgrpo_preset": "short"}, ("short", 0, 0.4, 0)),
+        ({"sgrpo_preset": "long"}, ("long", 100, 0.5, 300)),
+        ({"max_completion_length": 2048, "sgrpo_p": 0.25}, ("long", 100, 0.25, 300)),
+        ({"sgrpo_preset": "long", "sgrpo_alpha": 0, "sgrpo_k": 0}, ("long", 0, 0.5, 0)),
+        ({"sgrpo_alpha": 7}, ("short", 7, 0.4, 0)),  # the bundled model's answers are short
+    ],
+)
+def test_presets_of_sgrpo(given: dict[str, Any], expected: tuple[Any, ...]) -> None:
+    config = resolve({"tokens": "s-grpo"} | given)
+    assert (config.sgrpo_preset, config.sgrpo_alpha, config.sgrpo_p, config.sgrpo_k) == expected
+    other = resolve({"tokens": "all"} | given)
+    assert other == resolve(given)
+    unset = {name for name in ("sgrpo_preset", "sgrpo_alpha", "sgrpo_p", "sgrpo_k") if name not in given}
+    assert all(getattr(other, name) is None for name in unset)  # no preset where it means nothing
+
+
+def test_a_flag_for_a_preset_takes_back_what_the_old_one_stood_for(tmp_path: Path) -> None:
+    path = tmp_path / "config.yaml"
+    path.write_text(dump(resolve({"tokens": "s-grpo", "sgrpo_preset": "short"})), encoding="utf-8")
+    again, changed, mixed = (
+        resolve(merge(load_file(path), flags))
+        for flags in ({}, {"sgrpo_preset": "long"}, {"sgrpo_preset": "long", "sgrpo_p": "0.1"})
+    )
+    assert (again.sgrpo_alpha, again.sgrpo_p, again.sgrpo_k) == (0, 0.4, 0)
+    assert (changed.sgrpo_alpha, changed.sgrpo_p, changed.sgrpo_k) == (100, 0.5, 300)
+    assert (mixed.sgrpo_alpha, mixed.sgrpo_p, mixed.sgrpo_k) == (100, 0.1, 300)
+
+
 def test_contradictions_are_found_beside_bad_fields_but_not_because_of_them() -> None:
     found = findings(max_steps=0, device="gpu")
     assert len(found) == 2
@@ -136,6 +218,7 @@ def test_a_flag_takes_back_the_counts_that_follow_from_the_old_ones() -> None:
         {},
         {"algorithm": "grpo", "model": "org/name"},
         {"system_prompt": "two\nlines: {with} 'quotes' # and more", "learning_rate": 1e-6, "report_to": ["wandb"]},
+        {"tokens": "s-grpo", "lora_layers": "last third", "loss_type": "dapo", "epsilon_high": 0.28, "delta": 4.0},
         {"system_prompt": "", "reward_weights": [1, 0.5], "revision": "123", "stage2_template": "{question} é {draft}"},
     ],
 )

@@ -2,14 +2,18 @@
 
 from __future__ import annotations
 
+import random
 from collections.abc import Sequence
 from itertools import groupby, pairwise
 
 import pytest
+import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
+from torch.nn.attention.flex_attention import create_block_mask
 
 from igrpo_lite.policy.tree import Branch, TokenTree, grow, pack
+from igrpo_lite.policy.tree_attention import FlexTrees
 
 PROMPTS = ((7,), (7, 1), (7, 1, 1), (2, 2, 2, 2, 2))
 Prefix = tuple[int, ...]
@@ -149,3 +153,21 @@ def by_prompt(branches: Sequence[Branch]) -> list[list[Branch]]:
 
 def prefixes_of(branch: Branch) -> list[Prefix]:
     return [route(branch)[:length] for length in range(1, len(route(branch)) + 1)]
+
+
+@pytest.mark.parametrize("seed", range(4))
+def test_flex_blocks_are_those_of_the_formula(seed):
+    """Made from ``end`` alone; torch makes them from every pair of nodes."""
+    r = random.Random(seed)
+    trees = []
+    for _ in range(3):
+        prompt = tuple(r.randrange(9) for _ in range(r.randint(5, 300)))
+        rows = [tuple(r.randrange(9) for _ in range(r.randint(2, 250))) for _ in range(5)]
+        trees.append(TokenTree([Branch(prompt, row, (len(row) - 1,)) for row in rows]))
+    found = FlexTrees(trees, torch.device("cpu")).block_mask
+    nodes = sum(map(len, trees))
+    size = nodes + -nodes % FlexTrees.pad
+    wanted = create_block_mask(found.mask_mod, None, None, size, size, device="cpu")
+    assert torch.equal(found.to_dense(), wanted.to_dense())
+    for counts in ("kv_num_blocks", "full_kv_num_blocks", "q_num_blocks", "full_q_num_blocks"):
+        assert torch.equal(getattr(found, counts), getattr(wanted, counts)), counts

@@ -13,7 +13,7 @@
 Plain functions of log-probabilities of the tokens that learn. In stage 2 everything is conditioned on the prompt that
 holds the draft, so one-stage and two-stage algorithms share them. Selected tokens (S-GRPO, T-SPMO, entropy) come as
 shorter rows. Results and gradients are those of TRL 1.16 (``tests/test_trl_oracle.py``), except that with ``entropy``
-TRL has the KL term, and ``gspo`` its mean, over all tokens, and here over the chosen ones.
+TRL has the KL term and the products and means over a sequence over all tokens, and here over the chosen ones.
 """
 
 from __future__ import annotations
@@ -27,7 +27,7 @@ from torch import Tensor
 from igrpo_lite.config import RunConfig, UpdateOptions
 
 CISPO_CAP = 5.0
-"""Highest ratio of ``cispo`` unless ``epsilon_high`` is set; TRL's documentation suggests it."""
+"""Highest ratio of ``cispo`` unless ``epsilon_high`` is set (arXiv 2510.13786)."""
 
 
 class TokenLoss(NamedTuple):
@@ -81,7 +81,7 @@ def token_loss(
 
 
 def _clipped(ratio: Tensor, advantages: Tensor, options: UpdateOptions) -> tuple[Tensor, Tensor]:
-    """``-min(r A, clip(r) A)``; ``delta`` bounds the r that has no clip, which matters where A < 0."""
+    """``-min(r A, clip(r) A)``; ``delta`` (arXiv 2505.07291) bounds the r without clip, which matters where A < 0."""
     low = 1.0 - options.epsilon
     high = 1.0 + (options.epsilon if options.epsilon_high is None else options.epsilon_high)
     delta = math.inf if options.delta is None else options.delta

@@ -18,8 +18,9 @@ from __future__ import annotations
 import random
 import time
 from collections.abc import Callable, Iterable, Mapping, Sequence
-from concurrent.futures import FIRST_COMPLETED, Future, ThreadPoolExecutor, wait
+from concurrent.futures import Future, ThreadPoolExecutor, wait
 from dataclasses import asdict, dataclass, field
+from math import inf
 from typing import Any
 
 from igrpo_lite.algorithms.drafts import DraftChoice, choose_draft
@@ -29,6 +30,10 @@ from igrpo_lite.prompts import PromptBuilder
 from igrpo_lite.rewards.scorer import Scorer
 from igrpo_lite.sampling.base import Request, Sampler, request_seed
 from igrpo_lite.types import Completion, Group, Problem, Prompt, Score, Stage
+
+_REWARD_STEPS = 8
+"""Decoding steps after which a reward is waited for, where what follows it joins the batch. Were it taken when it
+comes, the batch's shape, and with it rounding, would depend on the clock, and no run could be repeated bit for bit."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -44,6 +49,11 @@ class Rollout:
     def groups(self) -> tuple[Group, ...]:
         """The stages' groups, without replays."""
         return (self.stage1,) if self.stage2 is None else (self.stage1, self.stage2)
+
+    @property
+    def sampled(self) -> int:
+        """Completions sampled: the stages' and the replays' continuations."""
+        return sum(len(g.completions) for g in self.groups) + sum(len(r.continuations) for r in self.replays)
 
     @property
     def draft(self) -> Completion | None:
@@ -88,10 +98,22 @@ class _Pending:
         return Rollout(self.groups["stage1"], self.choice, self.groups.get("stage2"), replays)
 
 
+@dataclass(frozen=True, slots=True)
+class _Scoring:
+    """A complete part whose rewards are being computed; ``due`` is the decoding step that waits for them."""
+
+    pending: _Pending
+    part: _Part
+    completions: tuple[Completion, ...]
+    scores: Future[list[Score]]
+    due: float
+
+
 class RolloutCollector:
     """Samples and scores the rollouts of one step.
 
-    Rewards that a worker process computes are waited for only when nothing is left to decode.
+    Rewards that a worker process computes are waited for when nothing is left to decode, or, where what follows them
+    joins the batch, after a fixed number of decoding steps.
 
     Args:
         config: counts, temperatures, draft choice, schedule and replay.
@@ -120,7 +142,8 @@ class RolloutCollector:
         self.reward_seconds = 0.0
         self._pending: dict[tuple[int, int], _Pending] = {}  # by step and slot; between steps, what ``ahead`` drafted
         self._deferred: list[Request] = []
-        self._scoring: list[tuple[_Pending, _Part, tuple[Completion, ...], Future[list[Score]]]] = []
+        self._scoring: list[_Scoring] = []
+        self._polls = 0
         self._thread = ThreadPoolExecutor(1, "rewards") if scorer.in_worker else None
         self._done = self._total = 0
 
@@ -135,24 +158,29 @@ class RolloutCollector:
         Args:
             upcoming: problems of the next step; with the ``ahead`` schedule their drafts are sampled on the way.
         """
+        ahead = self.config.schedule == "ahead"
         mine = self._begin(problems, step, first_slot)
-        self._done, self._total = 0, len(problems) * self.config.num_generations
-        if self.config.schedule == "ahead":
-            undrafted = [p for p in mine if "stage1" not in p.groups]  # in the first step
-            self._sample([request for p in undrafted for request in self._drafts(p)])
-            later = self._begin(upcoming, step + 1, 0)
+        undrafted = [p for p in mine if "stage1" not in p.groups]  # with ``ahead`` only in the first step
+        later = self._begin(upcoming if ahead else (), step + 1, 0)
+        self._done = 0
+        self._total = (len(undrafted) + len(later)) * stage1_size(self.config) + len(mine) * stage2_size(self.config)
+        self._sample([request for p in undrafted for request in self._drafts(p)])
+        if ahead:
             wave = [request for p in mine for request in self._refine(p)]
             self._sample(wave + [request for p in later for request in self._drafts(p)])
-        else:
-            self._sample([request for p in mine for request in self._drafts(p)])
         for p in mine:
             del self._pending[p.step, p.slot]
         return [p.rollout() for p in mine]
 
     def close(self) -> None:
-        """End the thread that waits for rewards; what it waits for is given up."""
+        """End the thread that waits for rewards; one that is still being computed is given up, with its process."""
         if self._thread is not None:
             self._thread.shutdown(wait=False, cancel_futures=True)
+            for scoring in self._scoring:
+                while not scoring.scores.done():  # again and again: between two calls there is nothing to end
+                    self.scorer.close()
+                    wait([scoring.scores], 0.05)
+            self._thread.shutdown()
 
     def drafted(self) -> list[dict[str, Any]]:
         """The drafts that ``ahead`` has sampled for the next step, as JSON types, in problem order."""
@@ -160,9 +188,9 @@ class RolloutCollector:
         return [{name: [asdict(x) for x in getattr(g, name)] for name in ("completions", "scores")} for g in groups]
 
     def load_drafted(self, state: Sequence[Mapping[str, Any]], problems: Sequence[Problem], step: int) -> None:
-        """Continue from :meth:`drafted`; ``problems`` are those of ``step``, the next one."""
+        """Continue from :meth:`drafted`; ``problems`` are those of ``step``, the next one; none if there is none."""
         self._pending.clear()
-        for p, saved in zip(self._begin(problems[: len(state)], step, 0), state, strict=True):
+        for p, saved in zip(self._begin(problems[: len(state)], step, 0), state, strict=False):
             completions = tuple(Completion(**_tuples(entry)) for entry in saved["completions"])
             scores = tuple(Score(**entry) for entry in saved["scores"])
             p.groups["stage1"] = Group(p.problem, "stage1", p.prompts["stage1"], completions, scores)
@@ -195,19 +223,16 @@ class RolloutCollector:
         return more
 
     def _poll(self, idle: bool) -> Iterable[Request]:
-        """What follows the groups whose rewards have come; with nothing left to decode, wait for the next of them."""
+        """What follows the groups whose rewards are due; with nothing left to decode, that is the next of them."""
+        self._polls += 1
         more: list[Request] = []
-        while self._scoring and not more:
-            if idle:
-                started = time.perf_counter()
-                wait([scores for *_, scores in self._scoring], return_when=FIRST_COMPLETED)
-                self.reward_seconds += time.perf_counter() - started
-            ready = [entry for entry in self._scoring if entry[-1].done()]
-            self._scoring = [entry for entry in self._scoring if entry not in ready]
-            for pending, part, completions, scores in ready:
-                more += self._follow(pending, part, completions, scores.result())
-            if not idle:
-                break
+        while self._scoring and (min(s.due for s in self._scoring) <= self._polls or (idle and not more)):
+            scoring = self._scoring[0]
+            started = time.perf_counter()
+            scores = scoring.scores.result()
+            self.reward_seconds += time.perf_counter() - started
+            del self._scoring[0]
+            more += self._follow(scoring.pending, scoring.part, scoring.completions, scores)
         return more
 
     def _judge(self, pending: _Pending, part: _Part, completions: tuple[Completion, ...]) -> Iterable[Request]:
@@ -217,12 +242,26 @@ class RolloutCollector:
             completions = tuple(whole_completion(source, start, c, self.prompts.tokenizer) for c in completions)
         arguments = pending.problem, pending.prompts[part[0]], completions
         if self._thread is not None:
-            self._scoring.append((pending, part, completions, self._thread.submit(self.scorer.score, *arguments)))
+            scores = self._thread.submit(self.scorer.score, *arguments)
+            due = self._polls + _REWARD_STEPS if self._joins(part) else inf
+            self._scoring.append(_Scoring(pending, part, completions, scores, due))
             return ()
         started = time.perf_counter()
-        scores = self.scorer.score(*arguments)
+        found = self.scorer.score(*arguments)
         self.reward_seconds += time.perf_counter() - started
-        return self._follow(pending, part, completions, scores)
+        return self._follow(pending, part, completions, found)
+
+    def _joins(self, part: _Part) -> bool:
+        """Whether there is something that joins the batch once a part is scored."""
+        (stage, number), config = part, self.config
+        if number or config.schedule == "barrier":
+            return False
+        refined = stage == "stage1" and config.algorithm != "grpo" and config.schedule == "overlap"
+        return refined or self._replayed(stage)
+
+    def _replayed(self, stage: Stage) -> bool:
+        config = self.config
+        return config.tokens == "t-spmo" and config.tspmo_replay > 0 and stage in learning_stages(config.algorithm)
 
     def _follow(
         self, pending: _Pending, part: _Part, completions: tuple[Completion, ...], scores: Sequence[Score]
@@ -263,14 +302,13 @@ class RolloutCollector:
 
     def _restart(self, pending: _Pending, stage: Stage) -> list[Request]:
         """Choose where a learning stage is replayed and ask for the continuations."""
-        count = self.config.tspmo_replay if self.config.tokens == "t-spmo" else 0
-        if not count or stage not in learning_stages(self.config.algorithm):
+        if not self._replayed(stage):
             return []
         rng = random.Random(pending.seed(self.seed, stage, "replay"))
         requests = []
         for number, restart in enumerate(choose_restarts(pending.groups[stage], rng), start=1):
             pending.restarts[stage, number] = restart
-            requests += self._requests(pending, (stage, number), count)
+            requests += self._requests(pending, (stage, number), self.config.tspmo_replay)
         return requests
 
     def _source(self, pending: _Pending, part: _Part) -> tuple[Completion, int]:
@@ -293,6 +331,8 @@ class RolloutCollector:
                 seed=pending.seed(self.seed, *path, index),
                 max_tokens=limit,
                 temperature=stage_temperature(self.config, stage),
+                top_p=self.config.top_p,
+                min_p=self.config.min_p,
                 tag=_Tag(pending.step, pending.slot, part, index),
             )
             for index in range(count)

@@ -22,14 +22,24 @@ if TYPE_CHECKING:
 RUN_CONFIG = "config.yaml"
 """A folder that holds this file is a run's."""
 
-_ROLLOUT = ("temperature", "draft_temperature", "max_completion_length", "max_num_seqs", "seed", "progress")
+_ROLLOUT = (
+    "temperature",
+    "draft_temperature",
+    "max_completion_length",
+    "max_num_seqs",
+    "sampler",
+    "kv_cache_gib",
+    "share_weights",
+    "seed",
+    "progress",
+)
 
 
 def verb() -> Callable[..., int | None]:
     """The verb with the flags that matter to an evaluation."""
     sections = (ModelOptions, DataOptions, PromptOptions)
     wanted = {name for section in sections for name in section.model_fields} | set(_ROLLOUT)
-    wanted -= {"model", "lora_r", "lora_alpha", "lora_target_modules", "max_problems"}
+    wanted -= {"model", "lora_r", "lora_alpha", "lora_target_modules", "lora_layers", "max_problems"}
     return settings_flags(evaluate, [name for name in FIELDS if name in wanted])
 
 

@@ -14,7 +14,7 @@ from igrpo_lite.policy.loading import load_policy
 from igrpo_lite.policy.prompting import check_context, fitting, prompt_builder
 from igrpo_lite.problems.loading import load_problems
 from igrpo_lite.rewards.answers import gold_answer
-from igrpo_lite.sampling.transformers import make_sampler
+from igrpo_lite.sampling.choice import make_sampler
 
 
 @dataclass(frozen=True, slots=True)
@@ -55,12 +55,15 @@ def compare(config: RunConfig, adapter: Path | None) -> Comparison:
             f"all {dropped} held-out prompts are longer than max_prompt_length = {config.max_prompt_length} tokens; "
             "raise --max-prompt-length"
         )
-    check_context(config, prompts, longest)
+    needed = check_context(config, prompts, longest)
     policy = load_policy(config, config.seed, adapter)
-    sampler = make_sampler(policy, prompts, config.max_num_seqs)
+    sampler, _ = make_sampler(config, policy, prompts, needed)
     limit = config.max_completion_length
-    adapted = evaluate(problems, sampler, prompts, limit) if adapter is not None else None
-    with policy.model.disable_adapter():
-        sampler.load_adapter()
-        base = evaluate(problems, sampler, prompts, limit)
+    try:
+        adapted = evaluate(problems, sampler, prompts, limit) if adapter is not None else None
+        with policy.model.disable_adapter():
+            sampler.load_adapter()
+            base = evaluate(problems, sampler, prompts, limit)
+    finally:
+        sampler.close()
     return Comparison(base, adapted)

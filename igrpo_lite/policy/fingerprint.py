@@ -14,9 +14,10 @@ def base_fingerprint(policy: Policy) -> str:
     digest = hashlib.sha256()
     model = policy.model.get_base_model()
     adapter = {id(p) for _, p in policy.adapter_parameters()}
-    named = {name: t for name, t in model.state_dict(keep_vars=True).items() if id(t) not in adapter}
+    saved = model.state_dict(keep_vars=True).items()
+    named = {name: t for name, t in saved if isinstance(t, torch.Tensor) and id(t) not in adapter}
     for name in sorted(named):
         tensor = named[name].detach()
         digest.update(f"{name.replace('.base_layer.', '.')} {tuple(tensor.shape)} {tensor.dtype}\n".encode())
-        digest.update(tensor.contiguous().cpu().view(torch.uint8).numpy().data if tensor.numel() else b"")
+        digest.update(tensor.reshape(-1).cpu().view(torch.uint8).numpy().data if tensor.numel() else b"")
     return digest.hexdigest()

@@ -53,8 +53,8 @@ def fitting(problems: Sequence[Problem], prompts: PromptBuilder, limit: int) -> 
     return Fitting([problem for _, problem in kept], len(problems) - len(kept), longest)
 
 
-def check_context(config: RunConfig, prompts: PromptBuilder, longest: Problem) -> None:
-    """Refuse a run in which the longest prompt, draft and completion together exceed the model's context.
+def check_context(config: RunConfig, prompts: PromptBuilder, longest: Problem) -> int:
+    """The longest prompt, draft and completion together, in tokens; refuses a run in which they exceed the context.
 
     Raises:
         ConfigError: with the sum, and the setting to lower.
@@ -74,3 +74,4 @@ def check_context(config: RunConfig, prompts: PromptBuilder, longest: Problem) -
             f"{config.max_completion_length} may need {needed}; {advice}lower --max-draft-length or "
             "--max-prompt-length (longer problems are left out)"
         )
+    return needed

@@ -10,15 +10,19 @@ never see of each other.
 from __future__ import annotations
 
 from collections.abc import Sequence
-from typing import Any
+from functools import cache
+from typing import TYPE_CHECKING, Any
 
 import numpy as np
 import torch
 from torch import Tensor, nn
-from torch.nn.functional import scaled_dot_product_attention
+from torch.nn.functional import pad, scaled_dot_product_attention
 from transformers.integrations.sdpa_attention import sdpa_attention_forward
 
-from igrpo_lite.policy.tree import TokenTree
+from igrpo_lite.policy.tree import Branch, TokenTree
+
+if TYPE_CHECKING:
+    from torch.nn.attention.flex_attention import BlockMask
 
 FLEX_BLOCK = 128
 """Nodes are padded to whole blocks of FlexAttention."""
@@ -103,20 +107,12 @@ class FlexTrees:
     pad = FLEX_BLOCK
 
     def __init__(self, trees: Sequence[TokenTree], device: torch.device) -> None:
-        from torch.nn.attention.flex_attention import create_block_mask
-
         starts = np.cumsum([0, *map(len, trees)])
         ends = np.concatenate([tree.end + start for tree, start in zip(trees, starts, strict=False)])
         padding = -len(ends) % FLEX_BLOCK
         # A padding node sees itself alone: a row that sees nothing has no softmax.
         ends = np.concatenate([ends, np.arange(len(ends), len(ends) + padding) + 1])
-        end = torch.from_numpy(ends).to(device)
-
-        def sees(batch: Tensor, head: Tensor, i: Tensor, j: Tensor) -> Tensor:
-            return (j <= i) & (i < end[j])
-
-        size = len(ends)
-        self.block_mask = create_block_mask(sees, B=None, H=None, Q_LEN=size, KV_LEN=size, device=str(device))
+        self.block_mask = _block_mask(torch.from_numpy(ends), device)
 
     def attend(
         self, module: nn.Module, query: Tensor, key: Tensor, value: Tensor, scaling: float | None, **kwargs: Any
@@ -127,11 +123,61 @@ class FlexTrees:
         return flex_attention_forward(module, query, key, value, self.block_mask, scaling=scaling, **kwargs)[0]
 
 
+def _block_mask(end: Tensor, device: torch.device) -> BlockMask:
+    """FlexAttention's mask for ``end [N]``, its blocks found from ``end`` alone, never as ``[N, N]``.
+
+    Below the diagonal ``j < i`` holds in the whole block, so some node of block row I sees one of block column J if the
+    largest ``end`` of J is beyond the first node of I, and all see all if the smallest is beyond the last.
+    """
+    from torch.nn.attention.flex_attention import BlockMask
+
+    blocks = end.view(-1, FLEX_BLOCK)
+    first = torch.arange(len(blocks))[:, None] * FLEX_BLOCK
+    below = torch.ones(len(blocks), len(blocks), dtype=torch.bool).tril(-1)
+    full = below & (blocks.amin(dim=1)[None, :] > first + FLEX_BLOCK - 1)
+    partial = (below & (blocks.amax(dim=1)[None, :] > first) & ~full) | torch.eye(len(blocks), dtype=torch.bool)
+    end = end.to(device)
+
+    def sees(batch: Tensor, head: Tensor, i: Tensor, j: Tensor) -> Tensor:
+        return (j <= i) & (i < end[j])
+
+    def listed(kind: Tensor) -> tuple[Tensor, Tensor]:
+        order = kind.int().argsort(dim=1, descending=True, stable=True)
+        return kind.sum(dim=1)[None, None].int().to(device), order[None, None].int().to(device)
+
+    return BlockMask.from_kv_blocks(*listed(partial), *listed(full), BLOCK_SIZE=FLEX_BLOCK, mask_mod=sees)
+
+
+@cache
+def flex_runs(device: torch.device) -> bool:
+    """Whether FlexAttention compiles on ``device``, forward and backward, and gives SDPA's numbers on a small tree."""
+    tree = TokenTree([Branch((1,) * 150, (k,) * 40, (39,)) for k in range(3)])
+    plain = _trial(SdpaTrees([tree], device, torch.float32), len(tree), device)
+    try:
+        flex = _trial(FlexTrees([tree], device), len(tree), device)
+    except Exception:  # whatever a compiler may raise
+        return False
+    return all(torch.allclose(a, b, rtol=0.02, atol=0.02) for a, b in zip(flex, plain, strict=True))
+
+
+def _trial(plan: TreePlan, size: int, device: torch.device) -> list[Tensor]:
+    """Output and gradients of attention with two query heads to a key head."""
+    module = nn.Module()
+    module.num_key_value_groups = 2  # type: ignore[assignment]
+    generator = torch.Generator().manual_seed(0)
+    padding = (0, 0, 0, -size % plan.pad)
+    parts = [pad(torch.randn(1, heads, size, 64, generator=generator), padding) for heads in (4, 2, 2)]
+    query, key, value = (part.to(device).requires_grad_() for part in parts)
+    out = plan.attend(module, query, key, value, scaling=None)[:, :size]
+    gradients = torch.autograd.grad(out.square().sum(), (query, key, value))
+    return [out.detach(), *(gradient[:, :, :size] for gradient in gradients)]
+
+
 TreePlan = SdpaTrees | FlexTrees
 
 
 def plan_trees(trees: Sequence[TokenTree], device: torch.device, dtype: torch.dtype) -> TreePlan:
     """How the attention of packed trees is computed on ``device``, with queries of type ``dtype``."""
-    if device.type == "cuda" and torch.cuda.get_device_capability(device) >= (8, 0):
+    if device.type == "cuda" and torch.cuda.get_device_capability(device) >= (8, 0) and flex_runs(device):
         return FlexTrees(trees, device)
     return SdpaTrees(trees, device, dtype)

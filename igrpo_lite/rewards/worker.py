@@ -76,6 +76,7 @@ class Worker:
         self._loaded: dict[str, bool] = {}
         self._trace = ""
         self._lock = threading.Lock()
+        self._given_up = False
 
     @property
     def pid(self) -> int | None:
@@ -93,21 +94,30 @@ class Worker:
     def call(self, spec: str, columns: Mapping[str, Sequence[Any]], count: int, timeout: float) -> Outcome:
         """Calls a function on ``count`` completions.
 
-        Raises :class:`RewardError` when it cannot be imported or called, or returned something that is not a reward;
-        what it raises by itself, and a timeout, are an :class:`Outcome`.
+        Raises :class:`RewardError` when it cannot be imported or called, or returned something that is not a reward,
+        or is closed meanwhile; what it raises by itself, and a timeout, are an :class:`Outcome`.
         """
         with self._lock:
             self._load(spec)
             try:
                 kind, content = self._ask(("call", spec, dict(columns), count, timeout), timeout)
             except _Ended as ended:
+                if self._given_up:
+                    raise RewardError(f"reward {spec} was given up while it was being computed") from None
                 return Outcome(None, str(ended), ended.timed_out)
         return Outcome(content) if kind == "values" else Outcome(None, content)
 
     def close(self) -> None:
-        """Ends the process; a later call would start a new one."""
-        with self._lock:
-            self._stop(patience=EXIT_SECONDS + 1.0)
+        """Ends the process, at once if another thread is waiting for it; a later call would start a new one."""
+        patience = EXIT_SECONDS + 1.0
+        while not self._lock.acquire(timeout=0.05):
+            self._given_up, patience = True, 0.0
+            _kill(self._process)
+        try:
+            self._stop(patience)
+        finally:
+            self._given_up = False
+            self._lock.release()
 
     def _load(self, spec: str) -> bool:
         if self._process is not None and self._process.poll() is not None:
@@ -193,15 +203,22 @@ class Worker:
         if patience:
             with contextlib.suppress(subprocess.TimeoutExpired):
                 process.wait(patience)
-        with contextlib.suppress(OSError):  # also what the function started, when the process itself is gone
-            if sys.platform == "win32":
-                process.kill()
-            else:
-                os.killpg(process.pid, signal.SIGKILL)
+        _kill(process)
         code = process.wait()
         with contextlib.suppress(OSError):
             os.unlink(self._trace)
         return code
+
+
+def _kill(process: subprocess.Popen[bytes] | None) -> None:
+    """End it and what the function has started, also when the process itself is gone."""
+    with contextlib.suppress(OSError):
+        if process is None:
+            return
+        if sys.platform == "win32":
+            process.kill()
+        else:
+            os.killpg(process.pid, signal.SIGKILL)
 
 
 def _pump(pipe: IO[bytes], replies: queue.SimpleQueue[bytes | None]) -> None:

@@ -25,6 +25,9 @@ class Request:
         max_tokens: token limit; reaching it makes a truncated completion.
         temperature: 0 decodes greedily.
         tag: the caller's own label, handed back untouched.
+        top_p: sample from the likeliest tokens of at least this total probability only.
+        min_p: sample only tokens of at least this share of the likeliest one's probability. With both, ``min_p`` comes
+            first, and ``top_p`` is of what it leaves. Greedy decoding takes no notice of either.
     """
 
     prompt: Prompt
@@ -32,6 +35,8 @@ class Request:
     max_tokens: int
     temperature: float = 1.0
     tag: object = None
+    top_p: float = 1.0
+    min_p: float = 0.0
 
 
 OnFinished = Callable[[Request, Completion], Iterable[Request]]
@@ -42,7 +47,10 @@ what else goes on (a reward being computed); if it returns nothing even so, the 
 
 
 class Sampler(Protocol):
-    """Samples completions from the policy, pure temperature sampling without top-p, top-k or min-p.
+    """Samples completions from the policy: pure temperature sampling, unless a request cuts the distribution off.
+
+    Log-probabilities are those of the distribution sampled from, so after temperature and renormalised over the tokens
+    that ``top_p`` and ``min_p`` leave.
 
     Attributes:
         decode_steps, sampled_tokens, prefill_tokens, cached_tokens: counted since it was made: steps of the running

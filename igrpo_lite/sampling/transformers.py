@@ -18,8 +18,6 @@ from torch.nn.functional import pad
 from transformers import DynamicCache, PreTrainedModel, PreTrainedTokenizerBase
 
 from igrpo_lite.policy.heads import split_heads
-from igrpo_lite.policy.loading import Policy
-from igrpo_lite.prompts import PromptBuilder
 from igrpo_lite.sampling.base import OnFinished, Poll, Request
 from igrpo_lite.sampling.replica import Replica
 from igrpo_lite.sampling.slots import PrefixKV, SlotCache
@@ -76,12 +74,6 @@ class TransformersSampler:
     ) -> list[Completion]:
         with self.replica as model:
             return _Run(self, model, on_finished).drain(requests, poll)
-
-
-def make_sampler(policy: Policy, prompts: PromptBuilder, max_num_seqs: int) -> TransformersSampler:
-    """The sampler of a policy: its completions end with the model's own end tokens or with its chat template's."""
-    ends = {*policy.stop_ids, *prompts.end_of_turn()}
-    return TransformersSampler(Replica(policy.model), prompts.tokenizer, sorted(ends), max_num_seqs)
 
 
 class _Run:
@@ -241,6 +233,7 @@ class _Rows:
         temperature = self.temperature[rows, None]
         greedy = temperature == 0
         logprobs = torch.log_softmax(logits / torch.where(greedy, 1.0, temperature), dim=-1)
+        self._cut_off(logprobs, self.requests[rows])
         column = self.count[rows, None]
         cdf = torch.cumsum(logprobs.exp(), dim=-1)
         token = torch.searchsorted(cdf, self.uniforms[rows].gather(1, column) * cdf[:, -1:], right=True)
@@ -252,6 +245,13 @@ class _Rows:
         self.last[rows] = token[:, 0]
         self.count[rows] += 1
 
+    def _cut_off(self, logprobs: Tensor, requests: Sequence[Request]) -> None:
+        """Apply ``top_p`` and ``min_p`` to the rows ``[rows, V]`` that ask for them; the others keep every bit."""
+        cut = [row for row, r in enumerate(requests) if (r.top_p < 1 or r.min_p > 0) and r.temperature > 0]
+        if cut:
+            limits = torch.tensor([(requests[row].top_p, requests[row].min_p) for row in cut], device=self.device)
+            logprobs[cut] = cut_off(logprobs[cut], limits[:, :1], limits[:, 1:])
+
     def remove(self, moves: Sequence[tuple[int, int]], live: int) -> None:
         if moves:
             source, target = torch.tensor(moves, device=self.device).T
@@ -260,6 +260,20 @@ class _Rows:
             for old, new in moves:
                 self.requests[new] = self.requests[old]
         del self.requests[live:]
+
+
+def cut_off(logprobs: Tensor, top_p: Tensor, min_p: Tensor) -> Tensor:
+    """Renormalised log-probabilities ``[rows, V]`` of the tokens that are kept, the others at minus infinity.
+
+    ``min_p`` first, then the likeliest of the rest up to a total of ``top_p`` (both ``[rows, 1]``), the token that
+    passes it included; so at least one is kept. Equal tokens count in the order of their ids.
+    """
+    least = logprobs.amax(dim=-1, keepdim=True) + min_p.log()
+    kept = torch.log_softmax(logprobs.masked_fill(logprobs < least, -torch.inf), dim=-1)
+    ordered, order = kept.sort(dim=-1, descending=True, stable=True)
+    before = ordered.exp().cumsum(dim=-1) - ordered.exp()
+    outside = torch.zeros_like(before, dtype=torch.bool).scatter(-1, order, (before >= top_p) & (top_p < 1))
+    return torch.log_softmax(kept.masked_fill(outside, -torch.inf), dim=-1)
 
 
 def _moves(ended: Sequence[int], live: int) -> list[tuple[int, int]]:

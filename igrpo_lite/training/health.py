@@ -1,7 +1,8 @@
 """Why a run does not learn, in words: each finding says what was seen, why it matters and which flag changes it.
 
 Only the numbers of past steps go in, never clocks or random draws, so that a resumed run diagnoses exactly as one that
-never stopped. Thresholds: reward that is stuck, cut completions and collapse are the loudest complaints about GRPO.
+never stopped; but for the memory in use, which never stops a run. Thresholds: reward that is stuck, cut completions
+and collapse are the loudest complaints about GRPO.
 """
 
 from __future__ import annotations
@@ -12,8 +13,9 @@ from dataclasses import dataclass
 from statistics import fmean, pvariance
 from typing import Any, Literal, TypeGuard
 
-from igrpo_lite.algorithms.rollout import stage1_size, stage2_size
+from igrpo_lite.algorithms.rollout import learning_stages, stage1_size, stage2_size
 from igrpo_lite.config import RunConfig
+from igrpo_lite.training.memory import MemoryTrend
 
 SILENT_STEPS = 20
 """A finding that lasts is repeated at most every so many steps."""
@@ -25,8 +27,7 @@ _CONSTANT_COMPLETIONS, _CONSTANT_STEPS = 64, 5
 _ONE_SIDED, _GROUPS = 0.9, 16
 _FALL = 0.2
 _ENTROPY_LOW, _ENTROPY_HIGH = 0.02, 2.0
-
-_LEARNING = {"grpo": ("stage1",), "igrpo": ("stage2",), "igrpo-joint": ("stage1", "stage2")}
+_GAP_WARNING, _GAP_STOP, _GAP_STEPS = 0.05, 0.5, 3
 
 _REASON_HINTS = {
     "no_answer": "look at samples.jsonl for the form that was written, and at --answer-style and --system-prompt",
@@ -52,7 +53,7 @@ class Health:
         self._config = config
         sizes = {"stage1": stage1_size(config), "stage2": stage2_size(config)}
         self._groups = {stage: size for stage, size in sizes.items() if size}
-        self._learning = _LEARNING[config.algorithm]
+        self._learning = learning_stages(config.algorithm)
         self._history: list[dict[str, Any]] = []
         self._constant: dict[str, dict[str, Any]] = {}
         self._best: dict[str, Any] | None = None
@@ -60,6 +61,7 @@ class Health:
         self._no_gradient = 0
         self._no_distance = 0
         self._dead = 0
+        self._memory = MemoryTrend()
         self._told: dict[str, int] = {}
 
     def update(self, metrics: Mapping[str, Any]) -> list[Finding]:
@@ -68,6 +70,7 @@ class Health:
         self._count_constant_parts()
         self._count_stillness()
         self._remember_best()
+        self._memory.add(metrics["step"], metrics.get("memory") or {})
         new = [finding for finding in self._findings() if finding.level == "stop" or self._due(finding.code)]
         self._told.update({finding.code: metrics["step"] for finding in new})
         return new
@@ -95,6 +98,7 @@ class Health:
             "no_gradient": self._no_gradient,
             "no_distance": self._no_distance,
             "dead": self._dead,
+            "memory": self._memory.state(),
             "told": dict(self._told),
         }
 
@@ -106,6 +110,7 @@ class Health:
         self._scatter = {name: dict(entry) for name, entry in state["scatter"].items()}
         self._no_gradient, self._no_distance = state["no_gradient"], state["no_distance"]
         self._dead = state["dead"]
+        self._memory.load_state(state.get("memory", {}))
         self._told = dict(state["told"])
 
     def _due(self, code: str) -> bool:
@@ -145,7 +150,9 @@ class Health:
 
     def _count_stillness(self) -> None:
         now = self._now
-        informative = any((now.get(f"{stage}/informative") or 0) > 0 for stage in self._learning)
+        # With dynamic sampling the shares are over replaced problems too; what is kept is what the update gets.
+        keys = ["dynamic/kept"] if "dynamic/kept" in now else [f"{stage}/informative" for stage in self._learning]
+        informative = any((now.get(key) or 0) > 0 for key in (*keys, "replay/informative"))
         learns = informative and now.get("learning_sequences") != 0
         self._dead = 0 if learns else self._dead + 1
         if not learns:
@@ -184,11 +191,13 @@ class Health:
 
     def _findings(self) -> Iterator[Finding]:
         yield from self._broken()
+        yield from self._parted()
         yield from self._causes()
         yield from self._frozen()
         yield from self._hacked()
         yield from self._fallen()
         yield from self._entropy()
+        yield from self._growing()
 
     def _causes(self) -> Iterator[Finding]:
         """Why there may be nothing to learn from."""
@@ -210,6 +219,25 @@ class Health:
                 text += f"--learning-rate (now {self._config.learning_rate:g}), or use --dtype float32 or bfloat16."
                 yield Finding("not-finite", "stop", text)
                 return
+
+    def _parted(self) -> Iterator[Finding]:
+        """Sampler and policy give the same tokens other probabilities."""
+        values = self._values("sampler_gap", _GAP_STEPS)
+        if len(values) < _GAP_STEPS or self._config.min_p > 0:  # what min_p cuts off has no bound
+            return
+        gap = min(values) + math.log(self._config.top_p)  # top_p alone parts them by up to -ln(top_p)
+        if gap <= _GAP_WARNING:
+            return
+        text = (
+            f"Sampler and policy differ by {fmean(values):.2g} nats per token in the last {_GAP_STEPS} steps: what is "
+            "sampled is not what learns. Likely causes: the sampler holds an older adapter or other base weights, or "
+            "does not apply --temperature"
+        )
+        text += f" or --top-p (now {self._config.top_p:g})." if self._config.top_p < 1 else "."
+        if gap > _GAP_STOP:
+            yield Finding("sampler-gap", "stop", f"{text} Use --sampler transformers, and please report it.")
+        else:
+            yield Finding("sampler-gap", "warning", f"{text} Low precision can do it too: compare --dtype float32.")
 
     def _cut(self) -> Iterator[Finding]:
         shares = {stage: share for stage in self._groups if (share := self._mean(f"{stage}/truncated", 5)) is not None}
@@ -359,14 +387,27 @@ class Health:
             text = f"Entropy rose to {mean:.1f} nats per token: samples are close to random; this rarely recovers."
             yield Finding("entropy-high", "warning", f"{text} Lower {rate} or --temperature.")
 
+    def _growing(self) -> Iterator[Finding]:
+        for kind, found in self._memory.growing():
+            name = {"rss": "Memory", "device": "GPU memory"}[kind]
+            left = "" if found.steps_left is None else f"; at this rate it is full in about {found.steps_left:,} steps"
+            text = (
+                f"{name} grows steadily: {found.first:,.0f} MiB at step {found.since}, {found.last:,.0f} MiB now, "
+                f"{found.slope:.1f} MiB a step{left}. Stopped with Ctrl-C and started again, the run goes on from here "
+                "with fresh memory"
+            )
+            vllm = "" if self._config.sampler == "transformers" else "; for vLLM, --rebuild-steps does it on the way"
+            yield Finding(f"memory:{kind}", "warning", f"{text}{vllm}.")
+
     def _called(self, stage: str) -> str:
         return "completions" if len(self._groups) == 1 else {"stage1": "drafts", "stage2": "refinements"}[stage]
 
 
 def _kept(metrics: Mapping[str, Any]) -> dict[str, Any]:
     """What a diagnosis may read: no times, which would make states of equal runs differ."""
-    names = ("step", "loss", "grad_norm", "learning_rate", "entropy", "kl", "learning_sequences")
-    return {key: value for key, value in metrics.items() if key in names or key.startswith(("stage1/", "stage2/"))}
+    names = ("step", "loss", "grad_norm", "learning_rate", "entropy", "kl", "learning_sequences", "sampler_gap")
+    prefixes = ("stage1/", "stage2/", "replay/", "dynamic/")
+    return {key: value for key, value in metrics.items() if key in names or key.startswith(prefixes)}
 
 
 def _is_number(value: object) -> TypeGuard[float]:

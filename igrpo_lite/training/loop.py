@@ -4,13 +4,13 @@ from __future__ import annotations
 
 import math
 import time
-from collections.abc import Sequence
-from contextlib import suppress
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager, suppress
 from dataclasses import asdict
 from typing import Any
 
 from igrpo_lite.algorithms.dynamic import Batch, with_signal
-from igrpo_lite.algorithms.rollout import Rollout, RolloutCollector
+from igrpo_lite.algorithms.rollout import Rollout, RolloutCollector, stage_temperature
 from igrpo_lite.config import RunConfig
 from igrpo_lite.errors import RewardError, RunFolderError, SamplerError
 from igrpo_lite.evaluation.evaluate import evaluate
@@ -19,7 +19,7 @@ from igrpo_lite.report.screen import EvaluationName, Screen
 from igrpo_lite.report.trackers import Trackers
 from igrpo_lite.rewards.custom import in_short
 from igrpo_lite.rewards.scorer import Calls
-from igrpo_lite.sampling.parity import probe
+from igrpo_lite.sampling.parity import MAX_TOKENS, probe
 from igrpo_lite.training.checkpoint import Checkpoints, restore, save_adapter, take_back
 from igrpo_lite.training.health import Health
 from igrpo_lite.training.interrupt import Interrupt
@@ -64,18 +64,8 @@ class Trainer:
         """Train until ``max_steps`` or until something asks to stop; everything is saved either way."""
         self._resume()
         try:
-            self._check_parity()
-            while True:
-                # Before the stop is looked at, and again on resume: a run stopped here must not miss its evaluation.
-                if self._evaluation_due() and not interrupt.requested and self._fatal is None:
-                    self._evaluate()
-                stop = self._stop(interrupt)
-                if self._save_due(stop):
-                    self._save()
-                if stop is not None or self.progress.step >= self.config.max_steps:
-                    break
-                self._guarded_step()
-                self._maintain_sampler()
+            with self._saved_on(RewardError, SamplerError):
+                stop = self._steps(interrupt)
             save_adapter(self.parts.policy, self.folder.adapter)
             return self._changed_base() or stop
         finally:
@@ -83,14 +73,29 @@ class Trainer:
             self.metrics.close()
             self.samples.close()
 
-    def _guarded_step(self) -> None:
-        try:
+    def _steps(self, interrupt: Interrupt) -> Stop | None:
+        self._check_parity()
+        while True:
+            # Before the stop is looked at, and again on resume: a run stopped here must not miss its evaluation.
+            if self._evaluation_due() and not interrupt.requested and self._fatal is None:
+                self._evaluate()
+            stop = self._stop(interrupt)
+            if self._save_due(stop):
+                self._save()
+            if stop is not None or self.progress.step >= self.config.max_steps:
+                return stop
             self._step()
-        except (RewardError, SamplerError):
-            # The policy is what it was after the last complete step, so keep that. Once the reward is mended, its
-            # earlier failures must not count against it.
-            for name in self.parts.scorer.failures:
-                self.parts.scorer.failures[name] = Calls()
+            self._maintain_sampler()
+
+    @contextmanager
+    def _saved_on(self, *errors: type[BaseException]) -> Iterator[None]:
+        """Keep what the last complete step left; the policy must not have been changed since."""
+        try:
+            yield
+        except errors as error:
+            self.collector.close()
+            if isinstance(error, RewardError):
+                self.progress.reward_failures = {}  # once it is mended, they must not count against it
             with suppress(RunFolderError):
                 self._save()
             raise
@@ -101,9 +106,10 @@ class Trainer:
         step = self.progress.step
         self.collector.reward_seconds, before = 0.0, self._engine()
         problems, upcoming = self._problems(step), self._problems(step + 1)  # S problems each
-        # Drafts, scores, best draft, refinements, scores:
-        rollouts = self.collector.collect(problems, step, upcoming=upcoming)
-        batch = self._with_signal(rollouts)  # dynamic sampling, where asked for
+        with self._saved_on(KeyboardInterrupt):  # later in a step, the adapter may be half changed
+            # Drafts, scores, best draft, refinements, scores:
+            rollouts = self.collector.collect(problems, step, upcoming=upcoming)
+            batch = self._with_signal(rollouts)  # dynamic sampling, where asked for
         sampled = time.perf_counter()
         rate = learning_rate(step, config.max_steps, config)
         self.parts.sampler.sleep()
@@ -111,14 +117,17 @@ class Trainer:
         ended = time.perf_counter()
 
         self.progress.step += 1
+        self.progress.rollouts += sum(rollout.sampled for rollout in batch.sampled)
         self.progress.drafted = self.collector.drafted()
+        failures = self.parts.scorer.failures
+        self.progress.reward_failures = {name: asdict(calls) for name, calls in failures.items()}
         metrics: dict[str, Any] = {"kind": "step", "step": self.progress.step} | step_metrics(
             batch, stats, self.parts.prompts
         )
         metrics["learning_rate"] = rate
         metrics |= {f"engine/{name}": count - before[name] for name, count in self._engine().items()}
         metrics["memory"] = memory(self.parts.policy.device)
-        metrics["reward_failures"] = sum(calls.failed for calls in self.parts.scorer.failures.values())
+        metrics["reward_failures"] = sum(calls.failed for calls in failures.values())
         metrics["time"] = self.progress.clock(
             rollout=sampled - started - self.collector.reward_seconds,
             reward=self.collector.reward_seconds,
@@ -139,9 +148,11 @@ class Trainer:
     def _maintain_sampler(self) -> None:
         """What long runs need of their sampler every so many steps: a new engine, a new proof of parity."""
         step, config = self.progress.step, self.config
+        if step >= config.max_steps:
+            return
         if config.rebuild_steps and step % config.rebuild_steps == 0:
             self.parts.sampler.rebuild()
-        if config.parity_steps and step % config.parity_steps == 0 and step < config.max_steps:
+        if config.parity_steps and step % config.parity_steps == 0:
             self._check_parity()
 
     def _check_parity(self) -> None:
@@ -149,8 +160,10 @@ class Trainer:
         if not self.config.parity_steps or self.progress.step >= self.config.max_steps:
             return
         started = time.perf_counter()
-        prompts = [self.parts.prompts.first(problem.question) for problem in self.parts.train[:4]]
-        parity = probe(self.parts.policy, self.parts.sampler, prompts, self.config.temperature)
+        config, prompts = self.config, [self.parts.prompts.first(problem.question) for problem in self.parts.train[:4]]
+        temperatures = sorted({stage_temperature(config, stage) for stage in ("stage1", "stage2")})
+        limit = min(MAX_TOKENS, config.max_completion_length)
+        parity = probe(self.parts.policy, self.parts.sampler, prompts, temperatures, limit)
         times = self.progress.clock(parity=time.perf_counter() - started)
         self.metrics.append({"kind": "parity", "step": self.progress.step} | parity.record() | {"time": times})
         self._fatal = self._fatal or parity.failure()
@@ -233,7 +246,6 @@ class Trainer:
         started = time.perf_counter()
         self.progress.positions = {"metrics": self.metrics.position, "samples": self.samples.position}
         self.progress.health = self.health.state()
-        self.progress.reward_failures = {name: asdict(calls) for name, calls in self.parts.scorer.failures.items()}
         self.checkpoints.save(self.progress.step, self.parts.policy, self.update.optimizer, self.progress.to_json())
         self._saved, self._saved_step = time.monotonic(), self.progress.step
         self.progress.clock(saving=time.perf_counter() - started)
@@ -250,6 +262,7 @@ class Trainer:
                     f"the problems are not those that {self.folder.path} was started with (a changed data file?); "
                     "restore them, or use --fresh to start over"
                 )
+            self.progress.base = self.progress.base or base  # a checkpoint of an earlier version has none
             if self.progress.base != base:
                 raise RunFolderError(
                     f"the weights of {self.config.model} are not those that {self.folder.path} was started with (a new "

@@ -10,13 +10,14 @@ from igrpo_lite.algorithms.rollout import stage2_size
 from igrpo_lite.config import RunConfig
 from igrpo_lite.errors import DataError
 from igrpo_lite.policy.loading import Policy, load_policy, recompute_activations
+from igrpo_lite.policy.logprobs import RowLayout, best_layout
 from igrpo_lite.policy.prompting import check_context, fitting, prompt_builder
 from igrpo_lite.problems.loading import load_problems
 from igrpo_lite.prompts import PromptBuilder
 from igrpo_lite.rewards.answers import gold_answer
 from igrpo_lite.rewards.scorer import Scorer
 from igrpo_lite.sampling.base import Sampler
-from igrpo_lite.sampling.transformers import make_sampler
+from igrpo_lite.sampling.choice import make_sampler
 from igrpo_lite.types import Problem
 
 
@@ -31,6 +32,11 @@ class Prepared:
     policy: Policy
     sampler: Sampler
     notes: list[str]
+
+    def close(self) -> None:
+        """End the processes and free the engine that belong to the run."""
+        self.scorer.close()
+        self.sampler.close()
 
     def fingerprint(self) -> str:
         """Hash of the problems in use: a resumed run must see the same ones."""
@@ -61,16 +67,17 @@ def prepare(config: RunConfig) -> Prepared:
                 f"every {which} prompt is longer than max_prompt_length = {config.max_prompt_length} tokens; raise "
                 "--max-prompt-length"
             )
-        for problem in (train.longest, held_out.longest):
-            check_context(config, prompts, problem)
+        needed = max(check_context(config, prompts, problem) for problem in (train.longest, held_out.longest))
         policy = load_policy(config, config.seed)
         if config.gradient_checkpointing:
             recompute_activations(policy.model)
-        sampler = make_sampler(policy, prompts, config.max_num_seqs)
+        if isinstance(best_layout(policy.model.get_base_model()), RowLayout):
+            notes.append("the update repeats prompts in padded rows: this model's attention cannot take token trees")
+        sampler, more = make_sampler(config, policy, prompts, needed)
     except BaseException:
         scorer.close()
         raise
-    return Prepared(train.kept, held_out.kept, scorer, prompts, policy, sampler, notes)
+    return Prepared(train.kept, held_out.kept, scorer, prompts, policy, sampler, notes + more)
 
 
 def _prompt_notes(config: RunConfig, prompts: PromptBuilder, dropped: int, dropped_held_out: int) -> list[str]:
@@ -81,6 +88,13 @@ def _prompt_notes(config: RunConfig, prompts: PromptBuilder, dropped: int, dropp
         notes.append(
             f"left out as longer than {config.max_prompt_length} prompt tokens: {dropped} training and "
             f"{dropped_held_out} held-out problems"
+        )
+    cuts = [f"top_p {config.top_p:g}"] if config.top_p < 1 else []
+    cuts += [f"min_p {config.min_p:g}"] if config.min_p > 0 else []
+    if cuts:
+        notes.append(
+            f"{' and '.join(cuts)}: rollouts come from a truncated distribution, the loss assumes the full one; its "
+            "gradient is biased"
         )
     if stage2_size(config) and config.draft_placement == "multi-turn":
         notes.append("stage 2 continues the draft as a conversation (draft_placement multi-turn)")

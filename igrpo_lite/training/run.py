@@ -50,7 +50,7 @@ def _train(config: RunConfig, folder: RunFolder, screen: Screen) -> dict[str, An
         screen.finish(summary)
         return summary
     finally:
-        parts.scorer.close()
+        parts.close()
         trackers.finish()
 
 
@@ -71,7 +71,7 @@ def _summary(
         "max_steps": config.max_steps,
         "stopped": stop and stop.text,
         "stopped_by": stop and stop.by,
-        "rollouts": progress.step * config.prompts_per_step * config.num_generations,
+        "rollouts": progress.rollouts,
         "problems": {"train": len(trainer.parts.train), "held_out": len(trainer.parts.held_out)},
         "adapter": str(folder.adapter),
         "best_adapter": str(folder.best) if folder.best.is_dir() else None,

@@ -28,6 +28,7 @@ class Progress:
         seconds: time spent so far, by phase.
         base: fingerprint of the frozen weights.
         drafted: drafts that the ``ahead`` schedule has sampled for the next step.
+        rollouts: completions sampled in all steps.
     """
 
     fingerprint: str
@@ -39,6 +40,7 @@ class Progress:
     seconds: dict[str, float] = field(default_factory=dict)
     base: str = ""
     drafted: list[dict[str, Any]] = field(default_factory=list)
+    rollouts: int = 0
 
     @property
     def best(self) -> dict[str, Any] | None:

@@ -1,0 +1,247 @@
+"""The engine's weights and the policy's: one copy of the base, and the adapter written straight into the engine."""
+
+from __future__ import annotations
+
+import hashlib
+from collections.abc import Callable, Iterable
+from contextlib import nullcontext
+
+import pytest
+import torch
+from peft import LoraConfig, get_peft_model
+from torch import Tensor, nn
+
+pytest.importorskip("vllm")
+
+from models import make_model
+from vllm_parts import (
+    MAX_MODEL_LEN,
+    gap,
+    make_policy,
+    make_prompts,
+    make_sampler,
+    model_folder,
+    move,
+    requests,
+    shared_sampler,
+)
+
+from igrpo_lite.errors import SamplerError
+from igrpo_lite.sampling import vllm_internals
+from igrpo_lite.sampling.base import Request
+from igrpo_lite.sampling.parity import probe
+from igrpo_lite.sampling.vllm import VllmSampler
+from igrpo_lite.sampling.vllm_policy import adapter_layers, base_parameters
+
+TOLERANCE = 1e-4
+
+
+@pytest.fixture
+def sampler() -> VllmSampler:
+    return shared_sampler()
+
+
+def long_requests() -> list[Request]:
+    return requests(make_prompts(2, 100), 2, limit=12)
+
+
+def storage_bytes(tensors: Iterable[Tensor]) -> int:
+    """Bytes of the distinct storages behind ``tensors``."""
+    storages = {t.untyped_storage().data_ptr(): t.untyped_storage().nbytes() for t in tensors}
+    return sum(storages.values())
+
+
+def engine_parameters(sampler: VllmSampler) -> list[Tensor]:
+    model = vllm_internals._runner(sampler.engine.llm).model
+    return [p.data for p in model.parameters()]
+
+
+def fingerprint(model: nn.Module) -> str:
+    digest = hashlib.sha256()
+    for name, parameter in sorted(base_parameters(model).items()):
+        digest.update(name.encode() + parameter.detach().view(torch.uint8).numpy().tobytes())
+    return digest.hexdigest()
+
+
+def gradients(model: nn.Module) -> dict[str, Tensor]:
+    tokens = torch.tensor([make_prompts(1, 60)[0].ids])
+    model.zero_grad()
+    model(input_ids=tokens, labels=tokens).loss.backward()
+    return {name: p.grad.clone() for name, p in model.named_parameters() if p.grad is not None}
+
+
+def test_a_push_moves_the_engine_exactly_as_the_policy(sampler):
+    wanted = long_requests()
+    before = sampler.run(wanted)
+    assert gap(sampler, wanted, before) < TOLERANCE
+    for seed in (2, 3):
+        move(sampler.policy, seed)
+        assert gap(sampler, wanted, before) > 0.1, "a change that matters"
+        sampler.load_adapter()
+        after = sampler.run(wanted)
+        assert gap(sampler, wanted, after) < TOLERANCE
+    assert [c.ids for c in after] != [c.ids for c in before]
+
+
+@pytest.mark.parametrize(
+    ("invalidate", "stale"),
+    [
+        (lambda sampler: None, True),
+        (lambda sampler: setattr(sampler, "version", sampler.version + 1), False),
+        (lambda sampler: sampler.engine.llm.llm_engine.reset_prefix_cache(), False),
+    ],
+    ids=["neither", "salt", "reset"],
+)
+def test_keys_and_values_of_the_old_adapter_would_be_noticed(
+    sampler: VllmSampler, invalidate: Callable[[VllmSampler], None], stale: bool
+):
+    """New adapter, same LoRA name and id: vLLM finds the prompt in its cache unless one of the two is done."""
+    wanted = long_requests()
+    sampler.run(wanted)
+    move(sampler.policy, 4)
+    sampler._push()
+    invalidate(sampler)
+    cached = sampler.cached_tokens
+    difference = gap(sampler, wanted)
+    assert (difference > 0.01) if stale else (difference < TOLERANCE)
+    assert sampler.cached_tokens > cached, "requests of one version share their prompt"
+
+
+def test_the_parity_probe_passes_and_fails_where_it_should(sampler, monkeypatch):
+    temperatures = [1.0, 0.7]
+    assert probe(sampler.policy, sampler, make_prompts(6), temperatures).failure() is None
+    assert gap(sampler, long_requests()) < TOLERANCE, "the probe takes its step back"
+    monkeypatch.setattr(sampler, "_push", lambda: None)
+    assert "did not follow" in str(probe(sampler.policy, sampler, make_prompts(6), temperatures).failure())
+
+
+def test_a_push_leaves_the_policys_tensors_alone(sampler):
+    before = {name: p.detach().clone() for name, p in sampler.policy.adapter_parameters()}
+    assert sampler.layers[0].scale == 2.0
+    for _ in range(3):
+        sampler.load_adapter()
+    assert all(torch.equal(p, before[name]) for name, p in sampler.policy.adapter_parameters())
+
+
+def test_scores_follow_the_adapter(sampler):
+    wanted = long_requests()
+    rows = [(r.prompt.ids, c.ids) for r, c in zip(wanted, sampler.run(wanted), strict=True)]
+    before = sampler.score(rows)
+    move(sampler.policy, 5)
+    sampler.load_adapter()
+    changes = [abs(a - b) for x, y in zip(before, sampler.score(rows), strict=True) for a, b in zip(x, y, strict=True)]
+    assert max(changes) > 0.1
+
+
+def test_with_the_adapter_off_the_base_is_sampled(sampler):
+    wanted = long_requests()
+    adapted = sampler.run(wanted)
+    with sampler.policy.model.disable_adapter():
+        sampler.load_adapter()
+        base = sampler.run(wanted)
+        assert gap(sampler, wanted, base) < TOLERANCE
+        assert gap(sampler, wanted, adapted) > 0.1
+    sampler.load_adapter()
+    assert [c.ids for c in sampler.run(wanted)] == [c.ids for c in adapted]
+
+
+def test_ranks_that_vllm_has_no_place_for_are_named(sampler):
+    with pytest.raises(SamplerError, match="512 at most, not 600"):
+        make_sampler(model="tiny", lora_r=600)
+    assert sampler.alive, "nothing is closed for what cannot start"
+
+
+def test_bfloat16_weights_are_shared_as_well():
+    sampler = make_sampler(model="tiny", dtype="bfloat16")
+    base = [p.data for p in sampler.policy.model.get_base_model().parameters() if not p.requires_grad]
+    assert sampler.notes == []
+    assert storage_bytes([*engine_parameters(sampler), *base]) < 1.05 * sampler._options.weight_bytes
+    assert gap(sampler, long_requests()) < 0.5  # rounding noise of two implementations, on an adapter this strong
+
+
+def test_one_copy_of_a_24m_model_in_training(tmp_path):
+    """Bytes, forward pass, gradients, and steps of a real optimizer with a push after each."""
+    folder = model_folder(tmp_path / "24m", "24m")
+    policy, prompts, config = make_policy(model=str(folder), lora_r=8, lora_alpha=16)
+    model = policy.model.get_base_model()
+    before, slopes, frozen = policy.model(torch.tensor([[5, 6, 7]])).logits, gradients(policy.model), fingerprint(model)
+    sampler = VllmSampler(policy, prompts, config, MAX_MODEL_LEN, max_num_seqs=8)
+    assert sampler.notes == []
+
+    base = [p.data for p in model.parameters() if not p.requires_grad]
+    assert 90e6 < sampler._options.weight_bytes < 100e6
+    assert storage_bytes([*base, *engine_parameters(sampler)]) < 1.05 * sampler._options.weight_bytes
+
+    torch.testing.assert_close(policy.model(torch.tensor([[5, 6, 7]])).logits, before, rtol=1e-5, atol=1e-5)
+    for name, slope in gradients(policy.model).items():
+        torch.testing.assert_close(slope, slopes[name], rtol=1e-4, atol=1e-6)
+
+    optimizer = torch.optim.AdamW([p for _, p in policy.adapter_parameters()], lr=0.02)
+    wanted = long_requests()[::2]
+    for _ in range(3):
+        old = sampler.run(wanted)
+        gradients(policy.model)
+        optimizer.step()
+        sampler.load_adapter()
+        assert gap(sampler, wanted, old) > 1e-3
+        assert gap(sampler, wanted) < TOLERANCE
+    assert fingerprint(model) == frozen
+    sampler.close()
+    assert fingerprint(model) == frozen
+    vllm_internals.unshare_base(model)
+    assert fingerprint(model) == frozen
+
+
+@pytest.mark.parametrize(
+    "settings",
+    [
+        {"lora_r": 3, "lora_alpha": 7, "lora_layers": "last 1"},
+        {"lora_r": 40, "lora_alpha": 5, "lora_target_modules": ["q_proj", "v_proj", "down_proj"]},
+    ],
+    ids=["last layer", "some matrices"],
+)
+def test_adapters_on_parts_of_a_model(tmp_path, settings):
+    sampler = make_sampler(model=str(model_folder(tmp_path / "untied", "untied")), **settings)
+    assert sampler.notes == []
+    assert len(sampler.layers) == (7 if "lora_layers" in settings else 9)
+    for seed in (1, 2):
+        move(sampler.policy, seed, std=0.3)
+        sampler.load_adapter()
+        assert gap(sampler, long_requests()) < TOLERANCE
+
+
+def test_where_vllm_is_built_differently_it_costs_memory_and_time_only(monkeypatch):
+    def unknown(*_: object) -> None:
+        raise vllm_internals.Unexpected("no lora_manager")
+
+    monkeypatch.setattr(vllm_internals, "adapter_slots", unknown)
+    monkeypatch.setattr(vllm_internals, "plain_cpu_weights", nullcontext)
+    sampler = make_sampler(model="tiny")
+    assert len(sampler.notes) == 2
+    assert "in memory twice" in sampler.notes[0]
+    assert "no lora_manager" in sampler.notes[1]
+    before = {name: p.detach().clone() for name, p in sampler.policy.adapter_parameters()}
+    wanted = long_requests()
+    assert gap(sampler, wanted) < TOLERANCE
+    move(sampler.policy, 6)
+    sampler.load_adapter()
+    assert gap(sampler, wanted) < TOLERANCE
+    move(sampler.policy, 1)
+    assert all(torch.equal(p, before[name]) for name, p in sampler.policy.adapter_parameters())
+
+
+@pytest.mark.filterwarnings("ignore::UserWarning")
+@pytest.mark.parametrize(
+    ("config", "what"),
+    [
+        ({"target_modules": ["q_proj"], "use_dora": True}, "lora_magnitude_vector"),
+        ({"target_modules": ["q_proj"], "lora_bias": True}, "lora_B.bias"),
+        ({"target_modules": ["q_proj", "embed_tokens"]}, "lora_embedding_A"),
+        ({"target_modules": ["q_proj", "lm_head"]}, "lm_head.lora_A"),
+        ({"target_modules": ["q_proj"], "modules_to_save": ["norm"]}, "norm"),
+    ],
+)
+def test_adapters_that_vllm_has_no_place_for_are_named(config, what):
+    policy = get_peft_model(make_model("llama"), LoraConfig(r=4, **config))
+    with pytest.raises(SamplerError, match=what):
+        adapter_layers(policy)
