@@ -156,7 +156,7 @@ def test_a_full_disk_at_a_record(straight: Path, tmp_path: Path) -> None:
     folder, config = going_on(straight, tmp_path)
     with (
         file_limit((folder / "samples.jsonl").stat().st_size + 300),
-        pytest.raises(RunFolderError, match=r"samples.jsonl could not be written: File too large; .* last checkpoint"),
+        pytest.raises(RunFolderError, match=r"jsonl could not be written: File too large; .* last checkpoint"),
     ):
         train(config)
     assert not (folder / "checkpoints" / "step-000007").exists(), "its records are not complete"

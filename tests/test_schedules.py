@@ -329,6 +329,25 @@ def test_a_run_stopped_ahead_may_be_ended_where_it_is_and_go_on_later(tmp_path):
     assert_same(tmp_path / "whole", tmp_path / "run")
 
 
+def test_a_cut_off_is_for_training_alone_and_its_bias_is_said(say, tmp_path, monkeypatch):
+    """Evaluations stay greedy, and the probe of the sampler needs the whole distribution."""
+    seen, run = [], TransformersSampler.run
+    monkeypatch.setattr(
+        TransformersSampler, "run", lambda self, requests, *rest: seen.extend(requests) or run(self, requests, *rest)
+    )
+    code, _, shown = say(
+        **SMALL | {"max_steps": 2, "schedule": "ahead", "top_p": 0.9, "min_p": 0.02, "progress": "plain"}
+    )
+    assert code == 0
+    note = "top_p 0.9 and min_p 0.02: rollouts come from a truncated distribution, the loss assumes the full one"
+    assert note in " ".join(shown.split())
+    kinds = {(hasattr(r.tag, "part"), r.temperature, r.top_p, r.min_p) for r in seen}
+    assert kinds == {(True, 1.0, 0.9, 0.02), (False, 0.0, 1.0, 0.0), (False, 1.0, 1.0, 0.0)}
+    steps = [record for record in records(tmp_path / "run", "metrics.jsonl") if record["kind"] == "step"]
+    assert all(1e-4 < step["sampler_gap"] < 0.2 for step in steps if step["learning_sequences"])
+    assert "truncated distribution" not in say(**SMALL | {"max_steps": 1, "output_dir": "pure", "progress": "plain"})[2]
+
+
 # What it costs, in decoding steps
 
 

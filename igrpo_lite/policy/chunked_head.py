@@ -56,6 +56,8 @@ class _ChunkedHead(torch.autograd.Function):
                 delta = probabilities.neg_().scatter_add_(1, target, torch.ones_like(temperature))
                 delta = delta if bend is None else delta.mul_(bend)
                 slopes[chunk] = delta.to(head.weight.dtype) @ head.weight * (head.factor / temperature)
+                del delta
+            del probabilities, bend  # before the next chunk's logits are made
         if slopes is not None:
             ctx.save_for_backward(slopes)
         ctx.mark_non_differentiable(entropies)
