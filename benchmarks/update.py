@@ -174,6 +174,7 @@ def compare(
     def observe(contender: Contender) -> dict[str, int]:
         if options.device.type == "cuda":
             contender()  # compiles kernels
+        contender.clear()
         return activation_memory(contender, options.device)
 
     for objective, reference in references.items():

@@ -82,6 +82,9 @@ class Contender(Protocol):
 
     def gradients(self) -> list[Tensor]: ...
 
+    def clear(self) -> None:
+        """Let go of the gradients."""
+
 
 class Models:
     """Our policy and TRL's trainer on the same frozen weights and equal adapters.
@@ -192,12 +195,15 @@ class Ours:
         self.loss, self.tokens, self.head_rows = 0.0, 0, 0
 
     def __call__(self) -> None:
-        self.kept.gradients.clear()
+        self.clear()
         stats = self.update.step(self.rollouts, step=0, learning_rate=0.0)
         self.loss, self.tokens, self.head_rows = stats.loss, stats.backbone_tokens, stats.head_tokens
 
     def gradients(self) -> list[Tensor]:
         return self.kept.gradients
+
+    def clear(self) -> None:
+        self.kept.gradients = []
 
 
 class _GradientsOnly(torch.optim.Optimizer):
@@ -245,7 +251,7 @@ class Trl:
 
     def __call__(self) -> None:
         trainer, config = self.trainer, self.config
-        trainer.model.zero_grad(set_to_none=True)
+        self.clear()
         trainer.current_gradient_accumulation_steps = len(self.batches)
         trainer.loss_type = "dapo" if config.tokens == "t-spmo" else "grpo"
         trainer.top_entropy_quantile = config.top_entropy_quantile if config.tokens == "entropy" else 1.0
@@ -260,6 +266,9 @@ class Trl:
 
     def gradients(self) -> list[Tensor]:
         return [p.grad for p in trainable(self.trainer.model) if p.grad is not None]
+
+    def clear(self) -> None:
+        self.trainer.model.zero_grad(set_to_none=True)
 
 
 def _tensors(sequences: Sequence[LearningSequence], config: RunConfig, device: torch.device) -> dict[str, Tensor]:
@@ -299,7 +308,7 @@ class HeadAlone:
         self.loss, self.tokens, self.head_rows = 0.0, 0, rows
 
     def __call__(self) -> None:
-        self.hidden.grad = None
+        self.clear()
         loss = (getattr(self, f"_{self.kind}")() * self.factors).sum()
         loss.backward()
         self.loss = float(loss.detach())
@@ -307,6 +316,9 @@ class HeadAlone:
     def gradients(self) -> list[Tensor]:
         assert self.hidden.grad is not None
         return [self.hidden.grad]
+
+    def clear(self) -> None:
+        self.hidden.grad = None
 
     def _ours(self) -> Tensor:
         return head_logprobs(self.head, self.hidden, self.targets, torch.ones_like(self.factors))[0]

@@ -45,7 +45,9 @@ def summary(algorithm: str, seed: int, before: float, after: float | None) -> di
 
 
 def records(*accuracies: float) -> list[dict[str, Any]]:
-    steps = [{"kind": "step", "tokens/sampled": 50, "tokens/learning": 10 * n} for n in (1, 2, 3)]
+    steps = [
+        {"kind": "step", "tokens/sampled": 50, "tokens/learning": 10 * n, "tokens/backbone": 30} for n in (1, 2, 3)
+    ]
     evaluations = [
         {"kind": "evaluation", "single": {"accuracy": a}, "refined": {"accuracy": a + 0.05}} for a in accuracies
     ]
@@ -83,11 +85,11 @@ def test_one_seed_has_no_interval(script):
 def test_a_run_is_read_from_its_own_files(script, tmp_path):
     (tmp_path / "summary.json").write_text(json.dumps(summary("igrpo", 3, 0.4, 0.6)))
     (tmp_path / "metrics.jsonl").write_text("".join(json.dumps(r) + "\n" for r in records(0.4, 0.65, 0.6)))
-    run = script("learning").read_run(tmp_path)
-    assert (run.algorithm, run.seed, run.rollouts) == ("igrpo", 3, 640)
+    run = script("learning").read_run(tmp_path, "igrpo/s-grpo")
+    assert (run.method, run.seed, run.rollouts) == ("igrpo/s-grpo", 3, 640)
     assert run.before == {"single": 0.4, "refined": pytest.approx(0.45)}
     assert run.after == {"single": 0.6, "refined": pytest.approx(0.65)}
-    assert (run.best_single, run.sampled_tokens, run.learning_tokens) == (0.65, 150, 60)
+    assert (run.best_single, run.sampled_tokens, run.learning_tokens, run.backbone_tokens) == (0.65, 150, 60, 90)
     assert run.seconds == 5.0  # neither loading nor evaluating
 
 
@@ -101,7 +103,7 @@ def test_a_run_is_read_from_its_own_files(script, tmp_path):
     ],
 )
 def test_what_counts_as_a_collapse(script, before, path, after, collapsed):
-    run = script("learning").run_from(summary("grpo", 0, before, after), records(*path))
+    run = script("learning").run_from("grpo", summary("grpo", 0, before, after), records(*path))
     assert run.collapsed is collapsed
 
 
@@ -109,7 +111,7 @@ def test_tables_from_synthetic_runs(script):
     learning = script("learning")
     ends = {"grpo": (0.5, 0.6, 0.3), "igrpo": (0.6, 0.65, 0.7)}
     runs = [
-        learning.run_from(summary(name, seed, 0.4, after), records(0.4, after))
+        learning.run_from(name, summary(name, seed, 0.4, after), records(0.4, after))
         for name, finals in ends.items()
         for seed, after in enumerate(finals)
     ]
@@ -133,7 +135,7 @@ def test_tables_from_synthetic_runs(script):
     }
     text = learning.markdown(result)
     assert "| igrpo | single | 40.0 ± 0.0 [40.0, 40.0] | 65.0 ± 5.0 [52.6, 77.4] |" in text
-    assert "| grpo | 3 | 1 | 640 | 150 | 60 | 5 |" in text
+    assert "| grpo | 3 | 1 | 640 | 150 | 60 | 90 | 5 |" in text
     assert "| igrpo | single | 18.3 ± 18.9 [-28.7, 65.4] | +10.0, +5.0, +40.0 |" in text
 
 
