@@ -34,7 +34,7 @@ class Sizes:
     Attributes:
         layers, hidden: of the random Qwen2 beside the bundled model (8 and 512: 24 M weights).
         prompts, drafts, refinements: problems of a step, and rollouts of each in either stage.
-        equal: tokens of each completion, where all are of one length.
+        equal: tokens of each completion, where all are of one length; the bundled model's limit is 48.
         longest: tokens of the longest, where lengths have a heavy tail.
         live: sequences decoded at the same time, with that tail.
         warm_up: steps of each schedule that do not count; the first of ``ahead`` has its own drafts to sample.
@@ -51,7 +51,7 @@ class Sizes:
     prompts: int = 8
     drafts: int = 4
     refinements: int = 4
-    equal: int = 128
+    equal: tuple[int, ...] = (48, 128)
     longest: int = 160
     live: tuple[int, ...] = (16, 64)
     warm_up: int = 1
@@ -74,7 +74,7 @@ QUICK = Sizes(
     prompts=3,
     drafts=2,
     refinements=2,
-    equal=6,
+    equal=(6,),
     longest=12,
     live=(4,),
     turns=1,
@@ -141,11 +141,15 @@ class GivenLengths:
     """A sampler whose completions are as long as a law says of their requests' seeds; end tokens end none.
 
     The same request so has the same length on every engine and with every schedule.
+
+    Attributes:
+        asked: the requests of the last run, with those that followed.
     """
 
     def __init__(self, sampler: Sampler, law: Law) -> None:
         self.sampler = sampler
         self.law = law
+        self.asked: list[Request] = []
 
     def __getattr__(self, name: str) -> Any:
         return getattr(self.sampler, name)
@@ -153,6 +157,8 @@ class GivenLengths:
     def run(
         self, requests: Sequence[Request], on_finished: OnFinished | None = None, poll: Poll | None = None
     ) -> list[Completion]:
+        self.asked = []
+
         def finished(request: Request, completion: Completion) -> Iterable[Request]:
             assert on_finished is not None
             return self._cut(on_finished(request, completion))
@@ -164,7 +170,9 @@ class GivenLengths:
         return self.sampler.run(self._cut(requests), on_finished and finished, poll and polled)
 
     def _cut(self, requests: Iterable[Request]) -> list[Request]:
-        return [replace(request, max_tokens=self.law(random.Random(request.seed))) for request in requests]
+        cut = [replace(request, max_tokens=self.law(random.Random(request.seed))) for request in requests]
+        self.asked += cut
+        return cut
 
 
 def random_model(folder: Path, layers: int, hidden: int, dtype: torch.dtype = torch.float32) -> str:
@@ -193,15 +201,15 @@ def random_model(folder: Path, layers: int, hidden: int, dtype: torch.dtype = to
     return str(path)
 
 
-def make_policy(model: str, dtype: str = "float32") -> tuple[Policy, RunConfig]:
-    """A policy with an adapter of the default rank that is not zero."""
+def make_policy(model: str, dtype: str = "float32", std: float = 0.02) -> tuple[Policy, RunConfig]:
+    """A policy with an adapter of the default rank, whose B has this standard deviation (0: a fresh one)."""
     config = resolve({"model": model, "dtype": dtype, "device": "cpu"})
     policy = load_policy(config, seed=0)
     torch.manual_seed(5)
     with torch.no_grad():
         for name, parameter in policy.adapter_parameters():
             if "lora_B" in name:
-                parameter.normal_(std=0.02)
+                parameter.normal_(std=std)
     return policy, config
 
 

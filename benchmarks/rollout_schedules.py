@@ -6,7 +6,7 @@ training; so nothing is found in a prefix cache that another contender has left 
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from typing import Any
 
 from measuring import paired, spread, take_turns
@@ -31,8 +31,9 @@ class Schedule:
         self.sampler = sampler
         self.size = config.prompts_per_step
         self.problems = load("two-step", "train", self.size * (steps + 1))
+        self.given = GivenLengths(sampler, law)
         scorer = Scorer(config, config.answer_style)
-        self.collector = RolloutCollector(GivenLengths(sampler, law), scorer, prompt_builder(config), config, seed=0)
+        self.collector = RolloutCollector(self.given, scorer, prompt_builder(config), config, seed=0)
         self.decode_steps: list[int] = []
         self.sampled: list[int] = []
         self.rollouts: list[list[Rollout]] = []
@@ -45,6 +46,11 @@ class Schedule:
         self.decode_steps.append(self.sampler.decode_steps - before[0])
         self.sampled.append(self.sampler.sampled_tokens - before[1])
 
+    def again(self) -> None:
+        """The requests of the last step in one batch, without a schedule: what its prompts cost."""
+        self.sampler.load_adapter()
+        self.sampler.run(self.given.asked)
+
     def _problems(self, step: int) -> list[Any]:
         return self.problems[self.size * step : self.size * (step + 1)]
 
@@ -56,7 +62,8 @@ def measure(options: Options) -> dict[str, Any]:
             policy, config = make_policy("tiny")
             sampler = make_sampler(engine, policy, config, live)
             if live == rollouts(options.sizes):
-                _equal(engine, sampler, options.sizes, found)
+                for length in options.sizes.equal:
+                    _equal(engine, sampler, length, options.sizes, found)
             if live in options.sizes.live:
                 _uneven(engine, sampler, live, options.sizes, found)
             sampler.close()
@@ -68,13 +75,17 @@ def rollouts(sizes: Sizes) -> int:
     return sizes.prompts * (sizes.drafts + sizes.refinements)
 
 
-def _equal(engine: str, sampler: Sampler, sizes: Sizes, found: dict[str, Any]) -> None:
-    contenders = _contenders(sampler, constant(sizes.equal), sizes, ("grpo", "ahead"))
-    seconds = _take_turns(contenders, sizes)
-    run = _run(engine, rollouts(sizes), f"all of {sizes.equal} tokens", contenders, seconds, sizes)
+def _equal(engine: str, sampler: Sampler, length: int, sizes: Sizes, found: dict[str, Any]) -> None:
+    contenders = _contenders(sampler, constant(length), sizes, ("grpo", "ahead"))
+    seconds = _take_turns(contenders, sizes, {"its requests in one batch": contenders["ahead"].again})
+    run = _run(engine, rollouts(sizes), f"all of {length} tokens", contenders, seconds, sizes)
     assert run["sides"]["ahead"]["sampled_tokens"] == run["sides"]["grpo"]["sampled_tokens"]
     found["runs"].append(run)
     found["findings"] += _ratios(run, "ahead", "grpo", "GRPO with N + G rollouts", 1.02, 1.05)
+    batch = paired(seconds["ahead"]["wall"], seconds["its requests in one batch"]["wall"])
+    cpu = paired(seconds["ahead"]["cpu"], seconds["its requests in one batch"]["cpu"])["median"]
+    where = f"wall, {run['engine']}, {run['live']} live, {run['lengths']}: ahead"
+    found["findings"].append(Finding(PART, where, "its own requests in one batch", batch | {"cpu": cpu}))
 
 
 def _uneven(engine: str, sampler: Sampler, live: int, sizes: Sizes, found: dict[str, Any]) -> None:
@@ -95,7 +106,7 @@ def _contenders(sampler: Sampler, law: Law, sizes: Sizes, names: tuple[str, ...]
         settings: dict[str, Any] = {
             "prompts_per_step": sizes.prompts,
             "num_generations": sizes.drafts + sizes.refinements,
-            "max_completion_length": max(sizes.equal, sizes.longest),
+            "max_completion_length": max(*sizes.equal, sizes.longest),
         }
         if name == "grpo":
             return resolve(settings | {"algorithm": "grpo"})
@@ -104,11 +115,13 @@ def _contenders(sampler: Sampler, law: Law, sizes: Sizes, names: tuple[str, ...]
     return {name: Schedule(sampler, law, config(name), sizes.warm_up + sizes.turns) for name in names}
 
 
-def _take_turns(contenders: Mapping[str, Schedule], sizes: Sizes) -> dict[str, dict[str, list[float]]]:
+def _take_turns(
+    contenders: Mapping[str, Schedule], sizes: Sizes, others: Mapping[str, Callable[[], None]] | None = None
+) -> dict[str, dict[str, list[float]]]:
     for schedule in contenders.values():
         for _ in range(sizes.warm_up):
             schedule()
-    return take_turns(contenders, sizes.turns)
+    return take_turns({**contenders, **(others or {})}, sizes.turns)
 
 
 def _same(one: Schedule, other: Schedule) -> str:

@@ -90,19 +90,21 @@ class Models:
     """Our policy and TRL's trainer on the same frozen weights and equal adapters.
 
     Args:
-        lora_layers: as in the settings.
+        dtype: of the frozen weights; with bfloat16 TRL runs under autocast, as its default ``bf16`` says.
         folder: where TRL may write.
+        lora_layers: as in the settings.
     """
 
     def __init__(
         self,
         shape: ModelShape,
         device: torch.device,
+        dtype: torch.dtype,
         folder: Path,
         lora_layers: str = "all",
         checkpointing: bool = False,
     ) -> None:
-        self.shape, self.device, self.checkpointing = shape, device, checkpointing
+        self.shape, self.device, self.dtype, self.checkpointing = shape, device, dtype, checkpointing
         base = self._base(register())
         adapter = _adapter(base, lora_layers)
         torch.manual_seed(1)
@@ -114,7 +116,7 @@ class Models:
         theirs = self._base("sdpa")
         for ours, other in zip(_frozen(base), theirs.parameters(), strict=True):
             other.data = ours.data
-        self.trainer = _trainer(theirs, adapter, self.policy, checkpointing, folder)
+        self.trainer = self._trainer(theirs, adapter, folder)
         for ours, other in zip(trainable(model), trainable(self.trainer.model), strict=True):
             other.data.copy_(ours.data)
         if checkpointing:
@@ -123,9 +125,33 @@ class Models:
 
     def _base(self, attention: str) -> Any:
         torch.manual_seed(0)
-        dtype = torch.bfloat16 if self.device.type == "cuda" else torch.float32
+        config = self.shape.config()
         with self.device:
-            return AutoModelForCausalLM.from_config(self.shape.config(), dtype=dtype, attn_implementation=attention)
+            return AutoModelForCausalLM.from_config(config, dtype=self.dtype, attn_implementation=attention)
+
+    def _trainer(self, model: Any, adapter: LoraConfig, folder: Path) -> Any:
+        args = GRPOConfig(
+            output_dir=str(folder),
+            use_cpu=self.device.type == "cpu",
+            bf16=self.dtype == torch.bfloat16,
+            gradient_checkpointing=self.checkpointing,
+            gradient_checkpointing_kwargs=dict(_NOT_REENTRANT) if self.checkpointing else None,
+            report_to="none",
+            beta=0.0,
+            loss_type="grpo",
+            num_generations=2,  # of no consequence: it generates nothing here
+            per_device_train_batch_size=2,
+        )
+        trainer = GRPOTrainer(
+            model,
+            reward_funcs=lambda completions, **_: [0.0] * len(completions),
+            args=args,
+            train_dataset=Dataset.from_dict({"prompt": ["not used"]}),
+            processing_class=self.policy.tokenizer,
+            peft_config=adapter,
+        )
+        trainer.model.train()
+        return trainer
 
 
 def trainable(model: nn.Module) -> list[nn.Parameter]:
@@ -145,32 +171,6 @@ def _adapter(base: Any, lora_layers: str) -> LoraConfig:
         layers_to_transform=layers,
         task_type="CAUSAL_LM",
     )
-
-
-def _trainer(model: Any, adapter: LoraConfig, policy: Policy, checkpointing: bool, folder: Path) -> Any:
-    cpu = policy.device.type == "cpu"
-    args = GRPOConfig(
-        output_dir=str(folder),
-        use_cpu=cpu,
-        bf16=not cpu,
-        gradient_checkpointing=checkpointing,
-        gradient_checkpointing_kwargs=dict(_NOT_REENTRANT) if checkpointing else None,
-        report_to="none",
-        beta=0.0,
-        loss_type="grpo",
-        num_generations=2,  # of no consequence: it generates nothing here
-        per_device_train_batch_size=2,
-    )
-    trainer = GRPOTrainer(
-        model,
-        reward_funcs=lambda completions, **_: [0.0] * len(completions),
-        args=args,
-        train_dataset=Dataset.from_dict({"prompt": ["not used"]}),
-        processing_class=policy.tokenizer,
-        peft_config=adapter,
-    )
-    trainer.model.train()
-    return trainer
 
 
 def run_config(models: Models, **settings: Any) -> RunConfig:
