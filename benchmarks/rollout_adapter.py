@@ -10,6 +10,7 @@ import gc
 import importlib.util
 import time
 from collections.abc import Callable, Iterator, Mapping
+from functools import partial
 from typing import Any
 
 import torch
@@ -46,7 +47,7 @@ def measure_push(options: Options) -> dict[str, Any]:
             _move(policy, generator)
             milliseconds["push"].append(_timed(sampler.load_adapter))
             _move(merged, generator)
-            milliseconds["merge_unmerge"].append(_timed(lambda: _sync_as_trl(merged.model)))
+            milliseconds["merge_unmerge"].append(_timed(partial(_sync_as_trl, merged.model)))
             milliseconds["transformers"].append(_timed(replica.refresh))
         sampler.close()
         found["models"][name] = {"parameters": parameters(policy), "notes": sampler.notes, "milliseconds": milliseconds}

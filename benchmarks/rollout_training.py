@@ -11,6 +11,7 @@ import subprocess
 import sys
 import tempfile
 from collections.abc import Mapping
+from itertools import pairwise
 from pathlib import Path
 from typing import Any
 
@@ -28,9 +29,9 @@ GOAL = 0.7
 PROMPTS = 4
 SIDES = ("ours", "trl", "trl-default")
 _PLACES = ("model", "data", "reward", "prompts")
-_REWARD = '''def share_of_digits(completions, **columns):
+_REWARD = """def share_of_digits(completions, **columns):
     return [sum(c.isdigit() for c in text) / max(1, len(text)) for text in completions]
-'''
+"""
 
 
 class Side:
@@ -106,7 +107,7 @@ def measure(options: Options) -> dict[str, Any]:
     wanted = settings["rollouts"] * settings["tokens"]
     for name in SIDES:
         tokens = [step["tokens"] for step in steps[name]]
-        assert [b - a for a, b in zip(tokens, tokens[1:], strict=False)] == [wanted] * (len(tokens) - 1), name
+        assert [b - a for a, b in pairwise(tokens)] == [wanted] * (len(tokens) - 1), name
     for baseline, named in (("trl", "TRL 1.16, engine in float32"), ("trl-default", "TRL 1.16, engine in bfloat16")):
         found["findings"] += _ratios(steps, found["sides"], baseline, named)
     return found

@@ -233,7 +233,9 @@ class UpdateOptions(Section):
         description="Objective and its normalisation; unset: `grpo`, mean over each sequence, then over sequences.",
     )
     scale_rewards: Literal["group", "batch", "none"] = Field(
-        "group", description="Standard deviation that advantages are divided by: of the group, of the step, or none."
+        "group",
+        description="Standard deviation that advantages are divided by: of the group, of all groups that learn in "
+        "the step, or none.",
     )
     epsilon: Fraction = Field(
         0.2, description="Clip range of the probability ratio below 1, and above unless `epsilon_high`."
@@ -253,7 +255,7 @@ class UpdateOptions(Section):
     )
     importance_sampling_clip_max: PositiveFloat = Field(3.0, description="Cap of that correction's weights.")
     beta: Annotated[float, Field(ge=0.0)] = Field(
-        0.0, description="Weight of the KL penalty to the model without adapter."
+        0.0, description="Weight of the KL penalty to the model without adapter, on the tokens that learn."
     )
     num_iterations: PositiveInt = Field(1, description="Optimizer steps on the same rollouts.")
     mask_truncated_completions: bool = Field(

@@ -98,6 +98,9 @@ class PromptBuilder:
         stage2_template: checked by :func:`template_findings` beforehand.
         placement: how the draft enters stage 2.
         max_draft_length: tokens of a draft shown at most; of a longer one the end is kept (it holds the answer).
+
+    Attributes:
+        max_length: tokens of a stage-2 prompt at most; unset: any number.
     """
 
     def __init__(
@@ -113,6 +116,7 @@ class PromptBuilder:
         self.stage2_template = stage2_template
         self.placement = placement
         self.max_draft_length = max_draft_length
+        self.max_length: int | None = None
         self.plain_template = not tokenizer.chat_template
         self._merge_system = not self.plain_template and bool(system_prompt) and not self._accepts_system()
 
@@ -129,11 +133,16 @@ class PromptBuilder:
         kept = self.shown(draft_ids)
         if self.placement == "multi-turn":
             return self._second_turn(first, kept)
-        draft = self.tokenizer.decode(kept, skip_special_tokens=True)
-        for control in self.tokenizer.all_special_tokens:
-            draft = draft.replace(control, "")
-        content = self.stage2_template.format(question=question, draft=draft.strip())
-        return self._encode(self._render([{"role": "user", "content": content}]))
+        while True:
+            draft = self.tokenizer.decode(kept, skip_special_tokens=True)
+            for control in self.tokenizer.all_special_tokens:
+                draft = draft.replace(control, "")
+            content = self.stage2_template.format(question=question, draft=draft.strip())
+            prompt = self._encode(self._render([{"role": "user", "content": content}]))
+            excess = len(prompt.ids) - (self.max_length or len(prompt.ids))
+            if excess <= 0 or not kept:
+                return prompt
+            kept = kept[excess:]  # tokenised anew, a draft can be longer than it was; its end matters most
 
     def shown(self, draft_ids: Sequence[int]) -> tuple[int, ...]:
         """The part of a draft that stage 2 shows: its last ``max_draft_length`` tokens."""

@@ -32,9 +32,17 @@ RESUMABLE: frozenset[str] = frozenset(
         "progress",
         "sample_steps",
         "patience_dead",
+        "parity_steps",
+        "rebuild_steps",
+        "kv_cache_gib",
+        "share_weights",
+        "dtype",  # ``auto`` depends on the device; a run that would go on in another type is refused on its own
     }
 )
 """Settings that may differ when a run folder is continued: none of them changes what was already computed."""
+
+_METHODS = {"s-grpo": "sgrpo_", "t-spmo": "tspmo_", "entropy": "top_entropy_"}
+"""What the settings of each choice of tokens begin with."""
 
 _ROLLOUTS = ("num_generations", "num_drafts", "num_refinements")
 
@@ -82,14 +90,15 @@ def examine(given: Mapping[str, Any]) -> tuple[RunConfig, list[str]]:
     split, complaints = _rollouts(config, {name for name in good if good[name] is not None}, bad)
     findings += complaints
     config = config.model_copy(update=split | _selection(config))
-    return config, findings + _cross_findings(config, bad)
+    return config, findings + _cross_findings(config, bad) + _idle(config)
 
 
 def merge(file: Mapping[str, Any], flags: Mapping[str, Any]) -> dict[str, Any]:
     """A recipe's settings with the flags over them.
 
     The three counts of rollouts depend on each other: a flag for one of them, or another algorithm, also takes back
-    what the file says about those that follow from it. So does a preset of S-GRPO with what it stands for.
+    what the file says about those that follow from it. So does a preset of S-GRPO with what it stands for, and a choice
+    of tokens with the settings of another one.
     """
     stale: set[str] = set()
     if any(name in flags for name in _ROLLOUTS) or flags.get("algorithm") == "grpo":
@@ -98,6 +107,8 @@ def merge(file: Mapping[str, Any], flags: Mapping[str, Any]) -> dict[str, Any]:
         stale.add("num_generations")
     if flags.get("sgrpo_preset"):
         stale |= {name for preset in SGRPO_PRESETS.values() for name in preset}
+    if "tokens" in flags:
+        stale |= {name for name in FIELDS if name.startswith(tuple(_METHODS.values()))}
     kept = {key: value for key, value in file.items() if str(key).replace("-", "_") not in stale | flags.keys()}
     return {**kept, **flags}
 
@@ -200,6 +211,8 @@ def _selection(config: RunConfig) -> dict[str, Any]:
         return {}
     name = config.sgrpo_preset or ("long" if config.max_completion_length >= LONG_COMPLETION else "short")
     preset = {"sgrpo_preset": name} | SGRPO_PRESETS[name]
+    if config.sgrpo_norm == "ht":
+        preset["sgrpo_k"] = 0  # its weights know of no cap
     return {key: value for key, value in preset.items() if getattr(config, key) is None}
 
 
@@ -243,8 +256,29 @@ def _cross_findings(config: RunConfig, bad: set[str]) -> list[str]:
     return found + _selection_findings(config)
 
 
+def _idle(config: RunConfig) -> list[str]:
+    """Settings of a choice of tokens that was not made: they would change nothing, and nobody would notice."""
+    return [
+        f"{name}: belongs to tokens {tokens}, but tokens is {config.tokens}; set --tokens {tokens} or leave it out"
+        for tokens, prefix in _METHODS.items()
+        for name, field in FIELDS.items()
+        if tokens != config.tokens and name.startswith(prefix) and getattr(config, name) != field.default
+    ]
+
+
 def _selection_findings(config: RunConfig) -> list[str]:
     found = []
+    group = config.num_generations - (config.num_drafts or 0) if config.algorithm == "igrpo" else config.num_generations
+    if config.algorithm == "igrpo-joint":
+        group = max(config.num_drafts or 0, config.num_refinements or 0)
+    group = max(group, config.tspmo_replay + 1)
+    if config.tokens == "t-spmo" and config.tspmo_min_visits > group:
+        found.append(
+            f"tspmo_min_visits: must be at most the {group} completions of a group that learns, not "
+            f"{config.tspmo_min_visits}"
+        )
+    if config.tokens == "t-spmo" and config.scale_rewards != "group":
+        found.append("scale_rewards: has no effect with tokens t-spmo, which takes rewards as they are; leave it out")
     if config.tokens == "t-spmo" and config.loss_type is not None:
         found.append(
             f"loss_type: {config.loss_type} does not go with tokens t-spmo, whose loss is a mean over transitions; "

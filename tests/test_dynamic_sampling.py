@@ -61,11 +61,12 @@ def rollout_of(rewards, problem="p"):
     ],
 )
 def test_what_can_teach(algorithm, first, second, teaches):
+    config = small_config(algorithm=algorithm)
     stage2 = None if second is None else group_of(second, "stage2")
     rollout = Rollout(group_of(first), None, stage2)
-    assert is_informative(rollout, algorithm) is teaches
-    assert is_informative(Rollout(rollout.stage1, None, stage2, (Replay(group_of(EQUAL), 1),)), algorithm) is teaches
-    assert is_informative(Rollout(rollout.stage1, None, stage2, (Replay(group_of(MIXED), 1),)), algorithm)
+    assert is_informative(rollout, config) is teaches
+    assert is_informative(Rollout(rollout.stage1, None, stage2, (Replay(group_of(EQUAL), 1),)), config) is teaches
+    assert is_informative(Rollout(rollout.stage1, None, stage2, (Replay(group_of(MIXED), 1),)), config)
     stages = [group.stage for group in learning_groups(rollout, algorithm)]
     assert stages == {"grpo": ["stage1"], "igrpo": ["stage2"], "igrpo-joint": ["stage1", "stage2"]}[algorithm]
 

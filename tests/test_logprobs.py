@@ -314,7 +314,7 @@ def test_padded_packs_give_the_same_states(monkeypatch: pytest.MonkeyPatch) -> N
     branches, backbone = hard_branches(), make_model("qwen3").get_decoder()
     with torch.no_grad():
         wanted = TreeLayout().run(backbone, branches)
-        monkeypatch.setattr(lp, "plan_trees", lambda trees, device, dtype: FlexTrees(trees, device))
+        monkeypatch.setattr(lp, "plan_trees", lambda trees, device, dtype, shape: FlexTrees(trees, device))
         padded = TreeLayout().run(backbone, branches)
     assert len(padded.hidden) % FlexTrees.pad == 0
     assert_near(padded.hidden[: len(wanted.hidden)], wanted.hidden)

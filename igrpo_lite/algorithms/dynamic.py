@@ -10,10 +10,12 @@ from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass
 from itertools import islice
 
+import torch
+
 from igrpo_lite.algorithms.advantages import has_signal, reward_tensor
 from igrpo_lite.algorithms.rollout import Rollout, learning_groups
 from igrpo_lite.config import RunConfig
-from igrpo_lite.types import Problem
+from igrpo_lite.types import Group, Problem
 
 
 @dataclass(frozen=True, slots=True)
@@ -33,10 +35,20 @@ class Batch:
     informative: int
 
 
-def is_informative(rollout: Rollout, algorithm: str) -> bool:
-    """Whether rewards differ in any group that learns, a replay's included."""
-    groups = (*learning_groups(rollout, algorithm), *(replay.group for replay in rollout.replays))
-    return any(has_signal(reward_tensor(group.scores)) for group in groups)
+def is_informative(rollout: Rollout, config: RunConfig) -> bool:
+    """Whether rewards differ in any group that learns, a replay's included, among completions that the loss reads."""
+    groups = (*learning_groups(rollout, config.algorithm), *(replay.group for replay in rollout.replays))
+    return any(_teaches(group, config) for group in groups)
+
+
+def _teaches(group: Group, config: RunConfig) -> bool:
+    rewards = reward_tensor(group.scores)
+    if config.mask_truncated_completions:
+        whole = torch.tensor([not completion.truncated for completion in group.completions])
+        if config.tokens == "t-spmo":
+            return has_signal(rewards[whole])
+        return has_signal(rewards) and bool((whole & ~torch.isnan(rewards)).any())
+    return has_signal(rewards)
 
 
 def with_signal(
@@ -57,7 +69,7 @@ def with_signal(
     """
     wanted, left, rounds = len(first), iter(others), 0
     sampled = list(first)
-    kept = [rollout for rollout in first if is_informative(rollout, config.algorithm)]
+    kept = [rollout for rollout in first if is_informative(rollout, config)]
     if not config.dynamic_sampling:
         return Batch(tuple(first), tuple(first), None, len(kept))
     while len(kept) < wanted and rounds < config.dynamic_sampling:
@@ -66,6 +78,6 @@ def with_signal(
             break
         fresh = collect(problems, len(sampled))
         sampled += fresh
-        kept += [rollout for rollout in fresh if is_informative(rollout, config.algorithm)]
+        kept += [rollout for rollout in fresh if is_informative(rollout, config)]
         rounds += 1
     return Batch(tuple(sampled), tuple(kept or first), rounds, len(kept))

@@ -53,15 +53,13 @@ def learning_sequences(rollouts: Sequence[Rollout], config: RunConfig, step: int
     if config.tokens == "t-spmo":
         return [sequence for rollout in rollouts for sequence in _prefix_matched(rollout, config)]
     places = [(place, g) for place, r in enumerate(rollouts) for g in learning_groups(r, config.algorithm)]
+    scaled = advantages([reward_tensor(group.scores) for _, group in places], config.scale_rewards)
     found = []
-    for stage in ("stage1", "stage2"):
-        groups = [(place, group) for place, group in places if group.stage == stage]
-        scaled = advantages([reward_tensor(group.scores) for _, group in groups], config.scale_rewards)
-        for (place, group), row in zip(groups, scaled, strict=True):
-            for index, (completion, advantage) in enumerate(zip(group.completions, row.tolist(), strict=True)):
-                seed = request_seed(config.seed, "tokens", step, place, group.problem.id, stage, index)
-                learning = _selected(completion, advantage, config, random.Random(seed))
-                found.append(_sequence(group, completion, learning, config))
+    for (place, group), row in zip(places, scaled, strict=True):
+        for index, (completion, advantage) in enumerate(zip(group.completions, row.tolist(), strict=True)):
+            seed = request_seed(config.seed, "tokens", step, place, group.problem.id, group.stage, index)
+            learning = _selected(completion, advantage, config, random.Random(seed))
+            found.append(_sequence(group, completion, learning, config))
     return found
 
 

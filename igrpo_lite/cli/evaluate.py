@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import sys
 from collections.abc import Callable
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any
@@ -67,6 +68,8 @@ def evaluate(
     if adapter is None and run_folder is not None:
         adapter = next((run_folder / name for name in ("best", "adapter") if (run_folder / name).is_dir()), None)
     comparison = compare(resolved, adapter)
+    for note in comparison.notes:
+        print(f"note: {note}", file=sys.stderr)
     print(_table(comparison, adapter))
     if output is not None:
         settings = {"model": resolved.model, "data": resolved.data, "adapter": adapter and str(adapter)}

@@ -19,10 +19,11 @@ from igrpo_lite.sampling.choice import make_sampler
 
 @dataclass(frozen=True, slots=True)
 class Comparison:
-    """Evaluations of the model as it came and, where there is an adapter, with it."""
+    """Evaluations of the model as it came and, where there is an adapter, with it; what to say of the engine used."""
 
     base: Evaluation
     adapted: Evaluation | None
+    notes: tuple[str, ...] = ()
 
     def change(self, refined: bool = False) -> PairedChange | None:
         """Paired change of single-pass accuracy, or of refined accuracy."""
@@ -56,8 +57,9 @@ def compare(config: RunConfig, adapter: Path | None) -> Comparison:
             "raise --max-prompt-length"
         )
     needed = check_context(config, prompts, longest)
+    prompts.max_length = needed - config.max_completion_length
     policy = load_policy(config, config.seed, adapter)
-    sampler, _ = make_sampler(config, policy, prompts, needed)
+    sampler, notes = make_sampler(config, policy, prompts, needed)
     limit = config.max_completion_length
     try:
         adapted = evaluate(problems, sampler, prompts, limit) if adapter is not None else None
@@ -66,4 +68,4 @@ def compare(config: RunConfig, adapter: Path | None) -> Comparison:
             base = evaluate(problems, sampler, prompts, limit)
     finally:
         sampler.close()
-    return Comparison(base, adapted)
+    return Comparison(base, adapted, tuple(notes))

@@ -12,7 +12,7 @@ from __future__ import annotations
 
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
-from typing import NamedTuple, Protocol
+from typing import Any, NamedTuple, Protocol
 
 import numpy as np
 import torch
@@ -113,7 +113,9 @@ def _takes_trees(model: PreTrainedModel) -> bool:
     probe.append(Branch(ids[2:4], ids[5:], (1, 6)))
     try:
         trees = chosen_logprobs(model, probe, TreeLayout())
-    except (RuntimeError, TypeError):
+    except torch.OutOfMemoryError:
+        raise
+    except (RuntimeError, TypeError, ValueError, IndexError, AttributeError):
         return False
     rows = chosen_logprobs(model, probe, RowLayout())
     return bool(torch.allclose(trees.logprobs, rows.logprobs, rtol=0.02, atol=0.05))
@@ -128,7 +130,7 @@ class TreeLayout:
     def run(self, backbone: nn.Module, branches: Sequence[Branch]) -> States:
         trees = grow(branches)
         weight = next(backbone.parameters())
-        plan = plan_trees(trees, weight.device, weight.dtype)
+        plan = plan_trees(trees, weight.device, weight.dtype, _attention_shape(backbone.config))
         ids, depth = (np.concatenate([getattr(tree, name) for tree in trees]) for name in ("ids", "depth"))
         padding = (0, -len(ids) % plan.pad)
         tokens, positions = (torch.from_numpy(np.pad(row, padding))[None].to(weight.device) for row in (ids, depth))
@@ -143,6 +145,13 @@ class TreeLayout:
         ).last_hidden_state[0]
         starts = np.cumsum([0, *map(len, trees)])
         return States(hidden, [start + p for start, t in zip(starts, trees, strict=False) for p in t.predictors])
+
+
+def _attention_shape(config: Any) -> tuple[int, int, int]:
+    """Query heads, key heads and their size: what FlexAttention is compiled for."""
+    heads = int(config.num_attention_heads)
+    size = getattr(config, "head_dim", None) or config.hidden_size // heads
+    return heads, int(getattr(config, "num_key_value_heads", None) or heads), int(size)
 
 
 class RowLayout:

@@ -56,6 +56,9 @@ def fitting(problems: Sequence[Problem], prompts: PromptBuilder, limit: int) -> 
 def check_context(config: RunConfig, prompts: PromptBuilder, longest: Problem) -> int:
     """The longest prompt, draft and completion together, in tokens; refuses a run in which they exceed the context.
 
+    A draft is tokenised anew in its prompt and may then be longer: the sum has a quarter of a draft more, as far as the
+    context goes, and whoever builds prompts must keep to it (:attr:`PromptBuilder.max_length`).
+
     Raises:
         ConfigError: with the sum, and the setting to lower.
     """
@@ -74,4 +77,4 @@ def check_context(config: RunConfig, prompts: PromptBuilder, longest: Problem) -
             f"{config.max_completion_length} may need {needed}; {advice}lower --max-draft-length or "
             "--max-prompt-length (longer problems are left out)"
         )
-    return needed
+    return min(context, needed + draft // 4)

@@ -149,25 +149,31 @@ def _block_mask(end: Tensor, device: torch.device) -> BlockMask:
 
 
 @cache
-def flex_runs(device: torch.device) -> bool:
-    """Whether FlexAttention compiles on ``device``, forward and backward, and gives SDPA's numbers on a small tree."""
+def flex_runs(device: torch.device, dtype: torch.dtype, shape: tuple[int, int, int]) -> bool:
+    """Whether FlexAttention compiles for (query heads, key heads, head size), forward and backward, and gives SDPA's
+    numbers on a small tree."""
     tree = TokenTree([Branch((1,) * 150, (k,) * 40, (39,)) for k in range(3)])
-    plain = _trial(SdpaTrees([tree], device, torch.float32), len(tree), device)
+    plain = _trial(SdpaTrees([tree], device, dtype), len(tree), device, dtype, shape)
     try:
-        flex = _trial(FlexTrees([tree], device), len(tree), device)
+        flex = _trial(FlexTrees([tree], device), len(tree), device, dtype, shape)
+    except torch.OutOfMemoryError:
+        raise
     except Exception:  # whatever a compiler may raise
         return False
-    return all(torch.allclose(a, b, rtol=0.02, atol=0.02) for a, b in zip(flex, plain, strict=True))
+    return all(torch.allclose(a, b, rtol=0.05, atol=0.05) for a, b in zip(flex, plain, strict=True))
 
 
-def _trial(plan: TreePlan, size: int, device: torch.device) -> list[Tensor]:
-    """Output and gradients of attention with two query heads to a key head."""
+def _trial(
+    plan: TreePlan, size: int, device: torch.device, dtype: torch.dtype, shape: tuple[int, int, int]
+) -> list[Tensor]:
+    """Output and gradients of attention."""
+    heads, kv_heads, width = shape
     module = nn.Module()
-    module.num_key_value_groups = 2  # type: ignore[assignment]
+    module.num_key_value_groups = heads // kv_heads  # type: ignore[assignment]
     generator = torch.Generator().manual_seed(0)
     padding = (0, 0, 0, -size % plan.pad)
-    parts = [pad(torch.randn(1, heads, size, 64, generator=generator), padding) for heads in (4, 2, 2)]
-    query, key, value = (part.to(device).requires_grad_() for part in parts)
+    parts = [pad(torch.randn(1, n, size, width, generator=generator), padding) for n in (heads, kv_heads, kv_heads)]
+    query, key, value = (part.to(device, dtype).requires_grad_() for part in parts)
     out = plan.attend(module, query, key, value, scaling=None)[:, :size]
     gradients = torch.autograd.grad(out.square().sum(), (query, key, value))
     return [out.detach(), *(gradient[:, :, :size] for gradient in gradients)]
@@ -176,8 +182,16 @@ def _trial(plan: TreePlan, size: int, device: torch.device) -> list[Tensor]:
 TreePlan = SdpaTrees | FlexTrees
 
 
-def plan_trees(trees: Sequence[TokenTree], device: torch.device, dtype: torch.dtype) -> TreePlan:
-    """How the attention of packed trees is computed on ``device``, with queries of type ``dtype``."""
-    if device.type == "cuda" and torch.cuda.get_device_capability(device) >= (8, 0) and flex_runs(device):
+def plan_trees(
+    trees: Sequence[TokenTree], device: torch.device, dtype: torch.dtype, shape: tuple[int, int, int]
+) -> TreePlan:
+    """How the attention of packed trees is computed on ``device``.
+
+    Args:
+        dtype: of the queries.
+        shape: query heads, key heads and their size.
+    """
+    able = device.type == "cuda" and torch.cuda.get_device_capability(device) >= (8, 0)
+    if able and flex_runs(device, dtype, shape):
         return FlexTrees(trees, device)
     return SdpaTrees(trees, device, dtype)

@@ -84,8 +84,10 @@ class Health:
         patience = self._config.patience_dead
         if not patience or self._dead < patience:
             return None
-        equal = f"All rewards within a group were equal ({self._odds(self._learning[0], _CONSTANT_STEPS)})."
-        cause = next((finding.text for finding in self._causes()), equal)
+        reason = f"All rewards within a group were equal ({self._odds(self._learning[0], _CONSTANT_STEPS)})."
+        if any(self._mean(f"{stage}/informative", _HALF) for stage in self._learning):
+            reason = "Rewards differed, but no token learned: see --tokens and --mask-truncated-completions."
+        cause = next((finding.text for finding in self._causes()), reason)
         return f"No learning signal in {self._dead} steps in a row (--patience-dead). {cause}"
 
     def state(self) -> dict[str, Any]:
@@ -377,7 +379,7 @@ class Health:
 
     def _entropy(self) -> Iterator[Finding]:
         values = self._values("entropy", 5)
-        if len(values) < 3:
+        if len(values) < 3 or self._config.tokens in ("t-spmo", "entropy"):  # these choose tokens for being uncertain
             return
         mean, rate = fmean(values), f"--learning-rate (now {self._config.learning_rate:g})"
         if mean < _ENTROPY_LOW:

@@ -48,7 +48,8 @@ class Trainer:
         self.update = PolicyUpdate(parts.policy, config)
         self.health = Health(config)
         self.checkpoints = Checkpoints(folder.checkpoints, config.save_total_limit)
-        self.progress = Progress(fingerprint=parts.fingerprint(), base=base_fingerprint(parts.policy))
+        dtype = str(parts.policy.model.get_base_model().dtype).removeprefix("torch.")
+        self.progress = Progress(fingerprint=parts.fingerprint(), base=base_fingerprint(parts.policy), dtype=dtype)
         self.collector = RolloutCollector(
             parts.sampler, parts.scorer, parts.prompts, config, config.seed, self._heartbeat
         )
@@ -255,7 +256,7 @@ class Trainer:
             take_back(folder)
         found = self.checkpoints.latest()
         if found is not None:
-            fingerprint, base = self.progress.fingerprint, self.progress.base
+            fingerprint, base, dtype = self.progress.fingerprint, self.progress.base, self.progress.dtype
             self.progress = Progress.from_json(restore(found.path, self.parts.policy, self.update.optimizer))
             if self.progress.fingerprint != fingerprint:
                 raise RunFolderError(
@@ -263,6 +264,11 @@ class Trainer:
                     "restore them, or use --fresh to start over"
                 )
             self.progress.base = self.progress.base or base  # a checkpoint of an earlier version has none
+            if self.progress.dtype not in ("", dtype):
+                raise RunFolderError(
+                    f"{self.folder.path} was started with weights in {self.progress.dtype}, and here they are {dtype} "
+                    f"(another kind of GPU?); go on with --dtype {self.progress.dtype}, or use --fresh to start over"
+                )
             if self.progress.base != base:
                 raise RunFolderError(
                     f"the weights of {self.config.model} are not those that {self.folder.path} was started with (a new "

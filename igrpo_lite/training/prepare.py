@@ -68,6 +68,7 @@ def prepare(config: RunConfig) -> Prepared:
                 "--max-prompt-length"
             )
         needed = max(check_context(config, prompts, problem) for problem in (train.longest, held_out.longest))
+        prompts.max_length = needed - config.max_completion_length
         policy = load_policy(config, config.seed)
         if config.gradient_checkpointing:
             recompute_activations(policy.model)

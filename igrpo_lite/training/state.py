@@ -26,7 +26,7 @@ class Progress:
         health: state of the diagnosis.
         reward_failures: how calls of users' rewards went so far, by function.
         seconds: time spent so far, by phase.
-        base: fingerprint of the frozen weights.
+        base: fingerprint of the frozen weights, of type ``dtype``.
         drafted: drafts that the ``ahead`` schedule has sampled for the next step.
         rollouts: completions sampled in all steps.
     """
@@ -39,6 +39,7 @@ class Progress:
     reward_failures: dict[str, dict[str, Any]] = field(default_factory=dict)
     seconds: dict[str, float] = field(default_factory=dict)
     base: str = ""
+    dtype: str = ""
     drafted: list[dict[str, Any]] = field(default_factory=list)
     rollouts: int = 0
 
