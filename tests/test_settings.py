@@ -97,7 +97,7 @@ def test_contradictions_are_named(given: dict[str, Any], reason: str) -> None:
         ({"tokens": "t-spmo", "loss_type": "dapo"}, "loss_type: dapo does not go with tokens t-spmo"),
         ({"tokens": "t-spmo", "loss_type": "grpo"}, "leave loss_type out"),
         ({"tokens": "s-grpo", "sgrpo_norm": "ht", "sgrpo_k": 8}, "sgrpo_k: must be 0 with sgrpo_norm ht, not 8"),
-        ({"sgrpo_norm": "ht", "sgrpo_k": 8}, "sgrpo_k: belongs to tokens s-grpo, but tokens is all"),
+        ({"sgrpo_k": 8}, "sgrpo_k: belongs to tokens s-grpo, but tokens is all"),
         ({"tokens": "s-grpo", "tspmo_replay": 4}, "tspmo_replay: belongs to tokens t-spmo, but tokens is s-grpo"),
         ({"top_entropy_quantile": 0.5}, "set --tokens entropy or leave it out"),
         ({"tokens": "t-spmo", "tspmo_min_visits": 9}, "tspmo_min_visits: must be at most the 8 completions"),

@@ -20,8 +20,7 @@ from igrpo_lite.training.memory import MemoryTrend
 SILENT_STEPS = 20
 """A finding that lasts is repeated at most every so many steps."""
 
-_HISTORY = 20
-_HALF = 10
+_HISTORY, _HALF = 20, 10
 _CUT_WARNING, _CUT_STRONG, _CUT_COMPLETIONS = 0.2, 0.5, 32
 _CONSTANT_COMPLETIONS, _CONSTANT_STEPS = 64, 5
 _ONE_SIDED, _GROUPS = 0.9, 16
