@@ -139,7 +139,7 @@ def test_no_more_than_a_chunk_of_logits_at_once(
     shape: str, rows: int, dtype: torch.dtype, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     head, (hidden, targets, temperatures) = make_head(dtype=dtype, **SHAPES[shape]), make_rows(dtype)
-    monkeypatch.setattr(chunked_head, "_WEIGHT_ROWS", 512)
+    monkeypatch.setattr(chunked_head, "_PIECE", 512)
     with chunks_of(rows, monkeypatch):
         with Allocations() as forward:
             logprobs, _ = head_logprobs(head, hidden, targets, temperatures)

@@ -18,6 +18,7 @@ pytest.importorskip("vllm")
 
 from vllm_parts import (
     MAX_MODEL_LEN,
+    alive,
     gap,
     make_policy,
     make_prompts,
@@ -32,7 +33,7 @@ from igrpo_lite.sampling import vllm_engine
 from igrpo_lite.sampling.base import Request
 from igrpo_lite.sampling.replica import Replica
 from igrpo_lite.sampling.transformers import TransformersSampler, cut_off
-from igrpo_lite.sampling.vllm import VllmSampler
+from igrpo_lite.sampling.vllm import VllmSampler, make_vllm_sampler
 from igrpo_lite.sampling.vllm_engine import (
     EngineOptions,
     check_version,
@@ -40,6 +41,8 @@ from igrpo_lite.sampling.vllm_engine import (
     kv_cache_bytes,
     lora_rank,
 )
+from igrpo_lite.sampling.vllm_run import _CtrlCLater
+from igrpo_lite.training.interrupt import Interrupt
 from igrpo_lite.types import Completion, Prompt
 
 TOLERANCE = 1e-4  # float32; two implementations that add up in different orders
@@ -58,7 +61,7 @@ def unfinished(sampler: VllmSampler) -> int:
     return sampler.engine.llm.llm_engine.get_num_unfinished_requests()
 
 
-@pytest.mark.parametrize("temperature", [1.0, 0.6, 1.7, 0.0])
+@pytest.mark.parametrize("temperature", [1.0, 0.6, 2.0, 0.0])
 def test_logprobs_are_the_policys_own(sampler, temperature):
     assert gap(sampler, requests(make_prompts(4), 3, temperature=temperature)) < TOLERANCE
 
@@ -238,9 +241,54 @@ def test_ctrl_c_waits_for_the_end_of_a_step(sampler):
             sampler.run(wanted)
         timer.join()
         assert unfinished(sampler) == 0
-        assert sampler.alive
+        assert alive(sampler)
     assert ids(sampler.run(wanted[:4])) == reference
     assert signal.getsignal(signal.SIGINT) is signal.default_int_handler
+
+
+def test_a_second_ctrl_c_takes_effect_at_once():
+    with Interrupt() as interrupt, _CtrlCLater():
+        signal.raise_signal(signal.SIGINT)
+        assert not interrupt.requested, "the engine is in a step"
+    assert interrupt.name == "SIGINT"
+
+    with Interrupt() as interrupt:
+        reached = []
+        with pytest.raises(KeyboardInterrupt), _CtrlCLater():  # noqa: PT012
+            signal.raise_signal(signal.SIGINT)
+            signal.raise_signal(signal.SIGINT)
+            reached.append("the next operation of the step")
+        assert not reached
+        assert interrupt.requested
+        assert signal.getsignal(signal.SIGINT) == interrupt._handle
+
+    with Interrupt() as interrupt:
+        signal.raise_signal(signal.SIGINT)
+        with pytest.raises(KeyboardInterrupt), _CtrlCLater():
+            signal.raise_signal(signal.SIGINT)
+
+
+@pytest.mark.parametrize("presses", [0, 1, 2, 3])
+def test_every_ctrl_c_is_counted(presses):
+    counted: list[int] = []
+    before = signal.signal(signal.SIGINT, lambda number, frame: counted.append(number))
+    try:
+        with _CtrlCLater():
+            for _ in range(presses):
+                signal.raise_signal(signal.SIGINT)
+    finally:
+        signal.signal(signal.SIGINT, before)
+    assert counted == [signal.SIGINT] * presses
+
+
+@pytest.mark.parametrize("setting", ["temperature", "draft_temperature"])
+@pytest.mark.parametrize("value", [0.009, 2.01, 50.0])
+def test_temperatures_out_of_range_are_refused_before_a_start(sampler, setting, value):
+    _, prompts, config = make_policy(**{setting: value})
+    flag = "--" + setting.replace("_", "-")
+    with pytest.raises(SamplerError, match=rf"from 0\.01 to 2\.0 .* {flag} {value}; .* transformers sampler"):
+        make_vllm_sampler(sampler.policy, prompts, config, MAX_MODEL_LEN)
+    assert alive(sampler), "nothing is closed for what cannot start"
 
 
 def test_requests_that_do_not_fit_are_refused(sampler):
@@ -252,6 +300,8 @@ def test_requests_that_do_not_fit_are_refused(sampler):
         sampler.run([good, Request(Prompt("", ()), 1, 5)])
     with pytest.raises(SamplerError, match="temperatures"):
         sampler.run([good, Request(prompt, 1, 5, 0.001)])
+    with pytest.raises(SamplerError, match="refused a request: top_p"):
+        sampler.run([good, Request(prompt, 1, 5, top_p=7.0)])
     with pytest.raises(SamplerError, match="token id 1000000"):
         sampler.run([good, Request(Prompt("", (10**6,)), 1, 5)])
     with pytest.raises(SamplerError, match="do not fit"):
@@ -269,7 +319,7 @@ def test_an_engine_that_dies_is_said_to_and_can_be_rebuilt(sampler):
     with pytest.raises(SamplerError, match="died while 6 requests were decoding") as caught:
         sampler.run(wanted)
     assert caught.value.__cause__ is not None
-    assert not sampler.alive
+    assert not alive(sampler)
     with pytest.raises(SamplerError, match="died before"):
         sampler.run(wanted)
     with process_untouched():

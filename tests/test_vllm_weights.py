@@ -3,8 +3,9 @@
 from __future__ import annotations
 
 import hashlib
-from collections.abc import Callable, Iterable
-from contextlib import nullcontext
+from collections.abc import Callable, Iterable, Iterator
+from contextlib import contextmanager, nullcontext
+from typing import Any
 
 import pytest
 import torch
@@ -16,6 +17,7 @@ pytest.importorskip("vllm")
 from models import make_model
 from vllm_parts import (
     MAX_MODEL_LEN,
+    alive,
     gap,
     make_policy,
     make_prompts,
@@ -27,11 +29,12 @@ from vllm_parts import (
 )
 
 from igrpo_lite.errors import SamplerError
-from igrpo_lite.sampling import vllm_internals
+from igrpo_lite.sampling import vllm, vllm_engine, vllm_internals
 from igrpo_lite.sampling.base import Request
 from igrpo_lite.sampling.parity import probe
 from igrpo_lite.sampling.vllm import VllmSampler
-from igrpo_lite.sampling.vllm_policy import adapter_layers, base_parameters
+from igrpo_lite.sampling.vllm_policy import adapter_layers, base_parameters, set_aside
+from igrpo_lite.types import Completion
 
 TOLERANCE = 1e-4
 
@@ -148,7 +151,7 @@ def test_with_the_adapter_off_the_base_is_sampled(sampler):
 def test_ranks_that_vllm_has_no_place_for_are_named(sampler):
     with pytest.raises(SamplerError, match="512 at most, not 600"):
         make_sampler(model="tiny", lora_r=600)
-    assert sampler.alive, "nothing is closed for what cannot start"
+    assert alive(sampler), "nothing is closed for what cannot start"
 
 
 def test_bfloat16_weights_are_shared_as_well():
@@ -188,8 +191,134 @@ def test_one_copy_of_a_24m_model_in_training(tmp_path):
     assert fingerprint(model) == frozen
     sampler.close()
     assert fingerprint(model) == frozen
-    vllm_internals.unshare_base(model)
+
+
+def storages(tensors: Iterable[Tensor]) -> set[int]:
+    return {t.untyped_storage().data_ptr() for t in tensors}
+
+
+@pytest.mark.parametrize(("asleep", "shut_down"), [(False, "done"), (True, "fails")])
+def test_the_policy_leaves_the_engines_memory_before_that_is_freed(sampler, monkeypatch, asleep, shut_down):
+    """As on a GPU: weights to main memory, memory back only if it sleeps, engine gone, weights back."""
+    model = sampler.policy.model.get_base_model()
+    frozen, engines = fingerprint(model), storages(engine_parameters(sampler))
+    own = storages(base_parameters(model).values())
+    assert own <= engines
+    events: list[str] = []
+
+    def spy(event: str, original: Callable[..., object], fails: bool) -> Callable[..., object]:
+        def called(*arguments: object) -> object:
+            assert not storages(base_parameters(model).values()) & engines, event
+            events.append(event)
+            result = original(*arguments)
+            if fails:
+                raise RuntimeError(f"{event}: no memory")
+            return result
+
+        return called
+
+    @contextmanager
+    def aside(*arguments: Any) -> Iterator[None]:
+        with set_aside(*arguments):
+            try:
+                yield
+            finally:
+                assert sampler.engine.llm is None
+                events.append("weights back")
+
+    llm = sampler.engine.llm
+    monkeypatch.setattr(sampler.engine, "sleeps", "kv")
+    monkeypatch.setattr(sampler.engine, "asleep", asleep)
+    monkeypatch.setattr(vllm, "set_aside", aside)
+    monkeypatch.setattr(llm, "wake_up", spy("wake", lambda: None, True))
+    monkeypatch.setattr(vllm_internals, "shut_down", spy("shut down", vllm_internals.shut_down, shut_down == "fails"))
+    if shut_down == "fails":
+        with pytest.raises(SamplerError, match="could not be closed: shut down: no memory"):
+            sampler.close()
+    else:
+        sampler.close()
+    assert events == [*["wake"] * asleep, "shut down", "weights back"]
+    assert vllm_engine._running is None
     assert fingerprint(model) == frozen
+    sampler.close()
+    assert len(events) == 2 + asleep, "nothing is done twice"
+
+
+def test_an_engine_is_freed_though_the_weights_cannot_be_moved(sampler, monkeypatch):
+    def full(*_: object) -> None:
+        raise torch.OutOfMemoryError("no memory")
+
+    sampler.died = RuntimeError("an illegal access")
+    monkeypatch.setattr(sampler.engine, "sleeps", "kv")
+    with monkeypatch.context() as patched:
+        patched.setattr(vllm, "set_aside", full)
+        with pytest.raises(SamplerError, match=r"closed, after it died \(an illegal access\): no memory"):
+            sampler.close()
+    assert sampler.engine.llm is None
+    assert vllm_engine._running is None
+    sampler.rebuild()
+    assert gap(sampler, long_requests()) < TOLERANCE
+
+
+def test_errors_between_runs_are_the_engines_death(sampler, monkeypatch):
+    """Sleep and wake fail as they may on a GPU; an adapter slot has another shape; requests stay in the engine."""
+
+    def stuck(*_: object, **__: object) -> None:
+        raise RuntimeError("stuck")
+
+    def stop(request: Request, completion: Completion) -> list[Request]:
+        raise KeyError
+
+    slots = list(sampler._slots)
+    monkeypatch.setattr(sampler.engine, "sleeps", "all")
+    for name in ("sleep", "wake_up"):
+        monkeypatch.setattr(sampler.engine.llm, name, stuck)
+    calls = {
+        "gave its memory back": sampler.sleep,
+        "took its memory again": sampler.wake,
+        "took the adapter": sampler.load_adapter,
+    }
+    for doing, call in calls.items():
+        sampler.engine.asleep = doing == "took its memory again"
+        sampler._slots = [(layer, a[:1], b) for layer, a, b in slots] if call == sampler.load_adapter else slots
+        with pytest.raises(SamplerError, match=f"died while it {doing}: ") as caught:
+            call()
+        assert sampler.died is caught.value.__cause__ is not None
+        assert not isinstance(sampler.died, SamplerError)
+        for later in (sampler.sleep, sampler.wake, sampler.load_adapter, lambda: sampler.run([])):
+            with pytest.raises(SamplerError, match="died before"):
+                later()
+        sampler.died = None
+
+    def full(*_: object) -> None:
+        raise torch.OutOfMemoryError("no memory")
+
+    sampler.engine.asleep = False
+    sampler._slots = slots
+    monkeypatch.setattr(sampler.engine.llm.llm_engine, "abort_request", stuck)
+    with pytest.raises(KeyError):
+        sampler.run([Request(make_prompts(1)[0], i, 1 + 99 * i) for i in (0, 1)], stop)
+    with pytest.raises(SamplerError, match=r"died before \(stuck\)"):
+        sampler.run([])
+
+    with monkeypatch.context() as patched:
+        patched.setattr(vllm_internals, "share_base", full)
+        with pytest.raises(SamplerError, match="could not be started anew: no memory"):
+            sampler.rebuild()
+    with pytest.raises(SamplerError, match=r"died before \(no memory\)"):
+        sampler.run(requests(make_prompts(1), 1))
+
+
+def test_weights_that_were_set_aside_come_back_as_they_were():
+    model = make_model("llama")
+    frozen, before = fingerprint(model), [p.data for p in base_parameters(model).values()]
+    replaced = next(iter(base_parameters(model).values()))
+    block = replaced.data.clone()
+    with set_aside(model, torch.device("cpu")):
+        assert not storages(base_parameters(model).values()) & storages(before)
+        replaced.data = block
+    assert fingerprint(model) == frozen
+    assert replaced.data_ptr() == block.data_ptr(), "the engine's from now on"
 
 
 @pytest.mark.parametrize(

@@ -106,11 +106,16 @@ def shared_sampler() -> VllmSampler:
     """The engine on the bundled model, in the state in which the first test found it."""
     sampler = _shared()
     move(sampler.policy, 1)
-    if sampler.alive:
+    if alive(sampler):
         sampler.load_adapter()
     else:
         sampler.rebuild()
     return sampler
+
+
+def alive(sampler: VllmSampler) -> bool:
+    """Whether it can sample: neither closed, replaced by another engine, nor dead."""
+    return sampler.died is None and sampler.engine.llm is not None
 
 
 def make_prompts(count: int, words: int = 12) -> list[Prompt]:

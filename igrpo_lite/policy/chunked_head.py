@@ -19,7 +19,7 @@ from igrpo_lite.policy.heads import Head
 CHUNK_ELEMENTS = 2**25
 """Logits held at once: 128 MiB in float32, and as much again for their probabilities."""
 
-_WEIGHT_ROWS = 8192  # of the head turned into float32 at once, where the hardware cannot accumulate into it
+_PIECE = 8192  # of the vocabulary, where all of it at once would be another copy
 
 
 def head_logprobs(head: Head, hidden: Tensor, targets: Tensor, temperatures: Tensor) -> tuple[Tensor, Tensor]:
@@ -50,7 +50,10 @@ class _ChunkedHead(torch.autograd.Function):
             log_softmax -= log_softmax.logsumexp(dim=-1, keepdim=True)
             logprobs[chunk] = log_softmax.gather(1, target)[:, 0]
             probabilities = log_softmax.exp()
-            entropies[chunk] = -torch.linalg.vecdot(probabilities, log_softmax)
+            entropies[chunk] = -sum(  # in pieces: at once it would be a third [rows, vocabulary]
+                (p * log_p).sum(dim=1)
+                for p, log_p in zip(probabilities.split(_PIECE, 1), log_softmax.split(_PIECE, 1), strict=True)
+            )
             del logits, log_softmax
             if slopes is not None:
                 delta = probabilities.neg_().scatter_add_(1, target, torch.ones_like(temperature))
@@ -78,6 +81,6 @@ def project(hidden: Tensor, head: Head) -> Tensor:
     elif hidden.device.type == "cuda":
         logits = torch.mm(hidden.to(weight.dtype), weight.T, out_dtype=torch.float32)
     else:
-        pieces = weight.split(_WEIGHT_ROWS)
+        pieces = weight.split(_PIECE)
         logits = torch.cat([hidden.float() @ piece.float().T for piece in pieces], dim=1)
     return logits if head.bias is None else logits.add_(head.bias)

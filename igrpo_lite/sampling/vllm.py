@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import traceback
 from collections.abc import Iterator, Sequence
-from contextlib import contextmanager, nullcontext
+from contextlib import AbstractContextManager, contextmanager, nullcontext
 from pathlib import Path
 from tempfile import TemporaryDirectory
 from typing import Any
@@ -27,7 +27,7 @@ from igrpo_lite.sampling.vllm_policy import (
     set_aside,
     write_adapter,
 )
-from igrpo_lite.sampling.vllm_run import Run
+from igrpo_lite.sampling.vllm_run import Run, check_temperature
 from igrpo_lite.types import Completion, Prompt
 
 _ADAPTER_ID = 1
@@ -96,11 +96,6 @@ class VllmSampler:
         self.died: BaseException | None = None
         self._start()
 
-    @property
-    def alive(self) -> bool:
-        """Whether it can sample: neither closed, replaced by another engine, nor dead."""
-        return self.died is None and self.engine.llm is not None
-
     def run(
         self, requests: Sequence[Request], on_finished: OnFinished | None = None, poll: Poll | None = None
     ) -> list[Completion]:
@@ -139,8 +134,11 @@ class VllmSampler:
         """Take over the policy's adapter, and drop the keys and values of the one before.
 
         With the policy's adapter disabled, the base model is sampled from until the next call.
+
+        Raises:
+            SamplerError: an engine that died.
         """
-        with self._exclusively() as engine:
+        with self._exclusively() as engine, self._fatal("died while it took the adapter"):
             self.adapted = not adapter_disabled(self.policy.model)
             if self.adapted:
                 self._push()
@@ -150,37 +148,66 @@ class VllmSampler:
             engine.reset_prefix_cache()
 
     def sleep(self) -> None:
-        """Give memory back around an update: on CUDA only, and never the weights that the policy uses."""
-        self.engine.sleep()
+        """Give memory back around an update: on CUDA only, and never the weights that the policy uses.
+
+        Raises:
+            SamplerError: an engine that died, here or in :meth:`wake`.
+        """
+        self._check_living()
+        with self._fatal("died while it gave its memory back"):
+            self.engine.sleep()
 
     def wake(self) -> None:
         """Undo :meth:`sleep`; the other methods do it themselves."""
-        self.engine.wake()
+        self._check_living()
+        with self._fatal("died while it took its memory again"):
+            self.engine.wake()
 
     def rebuild(self) -> None:
-        """Start the engine anew, for instance after it died; the policy's adapter is loaded."""
-        self.close()
-        self._start()
+        """Start the engine anew, for instance after it died; the policy's adapter is loaded.
+
+        Raises:
+            SamplerError: none could be started; the old one is gone all the same.
+        """
+        with self._fatal("could not be started anew"), self._without_its_weights():
+            self.engine.close()
+            self._start()
 
     def close(self) -> None:
-        """Free the engine. The policy keeps its weights, and :meth:`rebuild` brings the sampler back."""
-        self.engine.close()
+        """Free the engine. The policy keeps its weights, and :meth:`rebuild` brings the sampler back.
 
-    def _let_go(self) -> None:
+        Raises:
+            SamplerError: the engine is gone, but not in good order.
+        """
+        before = "" if self.died is None else f", after it died ({first_line(self.died)})"
+        with self._fatal(f"could not be closed{before}"):
+            self.engine.close()
+
+    def _without_its_weights(self) -> AbstractContextManager[None]:
+        """Where vLLM's pool must be empty before the engine is freed: the policy with weights of its own meanwhile.
+
+        They wait in main memory, since copies on the GPU would not fit beside the engine.
+        """
+        model = self.policy.model.get_base_model()
+        return set_aside(model, self.policy.device) if self.engine.sleeps == "kv" else nullcontext()
+
+    @contextmanager
+    def _letting_go(self) -> Iterator[None]:
         if self.died is not None:
             traceback.clear_frames(self.died.__traceback__)  # they hold the engine
         self._slots.clear()
         self._folder.cleanup()
-        if self.engine.sleeps == "kv":
-            vllm_internals.unshare_base(self.policy.model.get_base_model())  # vLLM's pool must be empty by then
+        with self._without_its_weights():
+            yield
 
     def _start(self) -> None:
         model = self.policy.model.get_base_model()
         self._folder = TemporaryDirectory(prefix="igrpo-lite-adapter-")
         self._slots: list[tuple[AdapterLayer, Tensor, Tensor]] = []
-        with set_aside(model, self.policy.device) if self._options.share_base else nullcontext():
+        beside = self._options.share_base and self.policy.device.type == "cuda"
+        with set_aside(model, self.policy.device) if beside else nullcontext():
             self.engine: Engine = start(self._options, model.config)
-            self.engine.before_close = self._let_go
+            self.engine.around_close = self._letting_go
             self.notes = list(self.engine.notes)
             if self._options.share_base:
                 self._share(model)
@@ -261,22 +288,43 @@ class VllmSampler:
     @contextmanager
     def _exclusively(self) -> Iterator[Any]:
         """vLLM's engine, awake, for one call at a time."""
-        if self.died is not None:
-            raise SamplerError(f"the vLLM engine died before ({first_line(self.died)})") from self.died
+        self._check_living()
         if self.engine.llm is None:
             raise SamplerError("this sampler's vLLM engine was closed; only one lives in a process at a time")
         if self._running:
             raise RuntimeError("the sampler is running; call this between runs")
         self._running = True
         try:
-            self.engine.wake()
+            self.wake()
             yield self.engine.llm.llm_engine
         finally:
             self._running = False
 
+    def _check_living(self) -> None:
+        if self.died is not None:
+            raise SamplerError(f"the vLLM engine died before ({first_line(self.died)})") from self.died
+
+    @contextmanager
+    def _fatal(self, what: str) -> Iterator[None]:
+        """An error in here is the engine's end: what state vLLM is in then, nobody knows."""
+        try:
+            yield
+        except BaseException as error:
+            self.died = error
+            if isinstance(error, SamplerError) or not isinstance(error, Exception):
+                raise
+            raise SamplerError(f"the vLLM engine {what}: {first_line(error)}") from error
+
 
 def make_vllm_sampler(policy: Policy, prompts: PromptBuilder, config: RunConfig, max_model_len: int) -> VllmSampler:
-    """The sampler that ``config`` describes."""
+    """The sampler that ``config`` describes.
+
+    Raises:
+        SamplerError: as :class:`VllmSampler`; or a temperature that vLLM does not sample at.
+    """
+    check_temperature(config.temperature, "--temperature ")
+    if config.draft_temperature is not None:
+        check_temperature(config.draft_temperature, "--draft-temperature ")
     return VllmSampler(
         policy,
         prompts,

@@ -15,7 +15,7 @@ import sys
 import traceback
 import warnings
 from collections.abc import Callable, Iterator
-from contextlib import ExitStack, contextmanager
+from contextlib import AbstractContextManager, ExitStack, contextmanager, nullcontext, suppress
 from dataclasses import dataclass, replace
 from types import ModuleType
 from typing import Any, Literal
@@ -83,7 +83,7 @@ class Engine:
         llm: the engine itself; ``None`` once closed.
         kv_cache_bytes: room for keys and values.
         notes: sentences for the user about how it was started.
-        before_close: called once, while its memory is still there.
+        around_close: entered once, while its memory is still there, and left when that is free.
     """
 
     def __init__(self, llm: Any, options: EngineOptions, kv_cache_bytes: int, notes: list[str]) -> None:
@@ -91,7 +91,7 @@ class Engine:
         self.options = options
         self.kv_cache_bytes = kv_cache_bytes
         self.notes = notes
-        self.before_close: Callable[[], None] = lambda: None
+        self.around_close: Callable[[], AbstractContextManager[None]] = nullcontext
         self.asleep = False
         self.sleeps = _kind_of_sleep(type(llm), options)
 
@@ -113,17 +113,35 @@ class Engine:
             self.asleep = False
 
     def close(self) -> None:
-        """Free the engine. Weights that the policy has taken over live on in the policy."""
-        global _running
+        """Free the engine, whatever fails on the way. Weights that the policy has taken over live on in the policy."""
         if self.llm is not None:
-            self.wake()
-            self.before_close()
-            llm, self.llm = self.llm, None
-            vllm_internals.shut_down(llm)
-            del llm
-            gc.collect()
+            try:
+                with self.around_close():
+                    self._shut_down()
+            finally:
+                self._shut_down()  # where the way there failed
+
+    def _shut_down(self) -> None:
+        global _running
+        llm, self.llm = self.llm, None
         if _running is self:
             _running = None
+        if llm is None:
+            return
+        try:
+            # Only if it sleeps: vLLM's allocator stumbles over freeing what is not mapped, and remembers the error.
+            if self.asleep:
+                with suppress(Exception):  # too little memory, most likely
+                    llm.wake_up()
+        finally:
+            self.asleep = False
+            try:
+                vllm_internals.shut_down(llm)
+            finally:
+                del llm
+                gc.collect()
+                if self.options.device.type == "cuda":
+                    torch.cuda.empty_cache()
 
 
 _running: Engine | None = None  # vLLM's groups are global: two engines work, but freeing the first breaks the second

@@ -130,13 +130,6 @@ def share_base(llm: Any, model: nn.Module) -> Shared:
     return Shared(shared, total - shared, reasons[0] if reasons else "")
 
 
-@torch.no_grad()
-def unshare_base(model: nn.Module) -> None:
-    """Give the model copies of its own again, one parameter after the other."""
-    for parameter in base_parameters(model).values():
-        parameter.data = parameter.data.clone()
-
-
 def adapter_slots(llm: Any, lora_id: int, names: list[str]) -> dict[str, tuple[Tensor, Tensor]]:
     """The buffers that an active adapter is computed from: by module path, A ``[rank, in]`` and B ``[out, rank]``.
 

@@ -125,21 +125,20 @@ def base_parameters(model: nn.Module) -> dict[str, nn.Parameter]:
 
 @contextmanager
 def set_aside(model: Any, device: torch.device) -> Iterator[None]:
-    """Keep the frozen weights in main memory meanwhile, so that a GPU need not hold the engine's copy as well.
+    """Keep copies of the frozen weights in main memory meanwhile, in place of those on ``device``.
 
-    Afterwards they are back on ``device``; those that have been replaced by tensors there stay as they are. Quantised
-    weights are not moved.
+    So a GPU need not hold the engine's as well, and an engine whose weights they were can be freed. Afterwards they are
+    back on ``device``; those that have been replaced by tensors there stay as they are. Quantised weights are not
+    moved, and neither are those that an outer call has set aside.
     """
-    parameters = list(base_parameters(model).values())
-    if device.type == "cpu" or not all(p.is_floating_point() for p in parameters):
-        yield
-        return
-    for parameter in parameters:
-        parameter.data = parameter.data.cpu()
-    torch.cuda.empty_cache()
+    parameters = [p for p in base_parameters(model).values() if p.is_floating_point() and p.device.type == device.type]
     try:
+        for parameter in parameters:
+            parameter.data = parameter.data.to("cpu", copy=True)
+        if device.type == "cuda":
+            torch.cuda.empty_cache()
         yield
     finally:
         for parameter in parameters:
-            if parameter.device.type == "cpu":
+            if parameter.device.type != device.type:
                 parameter.data = parameter.data.to(device)

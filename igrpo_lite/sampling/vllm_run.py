@@ -16,7 +16,17 @@ from igrpo_lite.types import Completion
 if TYPE_CHECKING:
     from igrpo_lite.sampling.vllm import VllmSampler
 
-_LOWEST_TEMPERATURE = 0.01  # vLLM raises lower ones to this
+_TEMPERATURES = 0.01, 2.0  # vLLM raises lower ones to the first, and 0.31 refuses higher ones than the second
+
+
+def check_temperature(temperature: float, setting: str = "") -> None:
+    """Raise :class:`SamplerError` for a temperature that vLLM does not sample at; ``setting`` is where it is from."""
+    lowest, highest = _TEMPERATURES
+    if temperature and not lowest <= temperature <= highest:
+        raise SamplerError(
+            f"vLLM samples at temperatures from {lowest} to {highest} or at 0, not at {setting}{temperature}; change "
+            "it, or use the transformers sampler"
+        )
 
 
 class Run:
@@ -56,20 +66,23 @@ class Run:
 
     def submit(self, request: Request, place: int | None = None) -> None:
         self.check(request)
-        params = self.params(
-            temperature=request.temperature,
-            top_p=request.top_p,
-            top_k=0,
-            min_p=request.min_p,
-            seed=request.seed,
-            max_tokens=request.max_tokens,
-            # Ours and no others: vLLM would add those of the generation config.
-            ignore_eos=True,
-            stop_token_ids=self.sampler.stop_ids,
-            logprobs=0,
-            detokenize=False,
-            output_kind=self.final_only,
-        )
+        try:
+            params = self.params(
+                temperature=request.temperature,
+                top_p=request.top_p,
+                top_k=0,
+                min_p=request.min_p,
+                seed=request.seed,
+                max_tokens=request.max_tokens,
+                # Ours and no others: vLLM would add those of the generation config.
+                ignore_eos=True,
+                stop_token_ids=self.sampler.stop_ids,
+                logprobs=0,
+                detokenize=False,
+                output_kind=self.final_only,
+            )
+        except Exception as error:  # VLLMValidationError, which is not a ValueError
+            raise SamplerError(f"vLLM refused a request: {first_line(error)}") from error
         self.add(request.prompt.ids, params, (request, place))
         self.steps_left += len(request.prompt.ids) + request.max_tokens
 
@@ -80,10 +93,7 @@ class Run:
                 f"a prompt of {length} tokens and up to {request.max_tokens} more do not fit into the vLLM engine, "
                 f"which was started for {self.sampler.max_model_len} together"
             )
-        if 0.0 < request.temperature < _LOWEST_TEMPERATURE:
-            raise SamplerError(
-                f"vLLM samples at temperatures from {_LOWEST_TEMPERATURE} or at 0, not at {request.temperature}"
-            )
+        check_temperature(request.temperature)
 
     def add(self, ids: Sequence[int], params: Any, mine: Any) -> None:
         sampler = self.sampler
@@ -155,13 +165,17 @@ class Run:
         return scores
 
     def abort(self) -> None:
-        """Take what is unfinished out of the engine."""
+        """Take what is unfinished out of the engine; where that fails, the next call says so."""
         sampler = self.sampler
         if self.live and sampler.died is None:
-            self.engine.abort_request(list(self.live))
-            if self.engine.has_unfinished_requests():
-                sampler.died = RuntimeError("its requests could not be aborted")
+            try:
+                self.engine.abort_request(list(self.live))
+                if self.engine.has_unfinished_requests():
+                    sampler.died = RuntimeError("its requests could not be aborted")
+            except Exception as error:
+                sampler.died = error
         self.live.clear()
+        self.engine = None  # an error's traceback may keep this call, but not the engine's memory
 
 
 class _CtrlCLater:
@@ -169,7 +183,7 @@ class _CtrlCLater:
 
     def __enter__(self) -> None:
         self.handler: Any = None
-        self.pressed = False
+        self.held = 0
         if threading.current_thread() is threading.main_thread():
             handler = signal.getsignal(signal.SIGINT)
             if callable(handler):
@@ -177,12 +191,18 @@ class _CtrlCLater:
                 signal.signal(signal.SIGINT, self.press)
 
     def press(self, number: int, frame: FrameType | None) -> None:
-        if self.pressed:
+        self.held += 1
+        if self.held > 1:
+            self.deliver(number, frame)
+
+    def deliver(self, number: int, frame: FrameType | None) -> None:
+        """Every press to the handler, which may count them."""
+        while self.held:
+            self.held -= 1
             self.handler(number, frame)
-        self.pressed = True
 
     def __exit__(self, kind: type[BaseException] | None, *_: object) -> None:
         if self.handler is not None:
             signal.signal(signal.SIGINT, self.handler)
-            if self.pressed and kind is None:
-                self.handler(signal.SIGINT, None)
+            if kind is None:
+                self.deliver(signal.SIGINT, None)
