@@ -1,9 +1,10 @@
 """Log-probabilities of chosen tokens from a frozen head, without ever holding ``[tokens, vocabulary]``.
 
-A chunk's logits live only while the chunk does. Since the head is frozen and every row asks for one number, the row's
-whole gradient, ``d logprob / d hidden = (W[target] - softmax(z) W) / temperature``, is made while the logits are there
-and kept as ``[N, H]``: no gradient of the head's weight, and nothing to compute again in the backward pass, where other
-chunked heads run the head a second time.
+The vocabulary goes by in tiles that stay in the processor's cache; maximum, sum and mean of the softmax are carried
+along, and so is its mean of the head's rows, as in FlashAttention with the head as keys and values. Since the head is
+frozen and every row asks for one number, the row's whole gradient is then there,
+``d logprob / d hidden = (W[target] - softmax(z) W) / temperature``, and kept as ``[N, H]``: no gradient of the head's
+weight, and nothing to compute again in the backward pass, where other chunked heads run the head a second time.
 """
 
 from __future__ import annotations
@@ -16,10 +17,9 @@ from torch.autograd.function import once_differentiable
 
 from igrpo_lite.policy.heads import Head
 
-CHUNK_ELEMENTS = 2**25
-"""Logits held at once: 128 MiB in float32, and as much again for their probabilities."""
-
-_PIECE = 8192  # of the vocabulary, where all of it at once would be another copy
+TILES = {"cuda": (4096, 8192), "cpu": (512, 1024)}
+"""Rows and vocabulary entries whose logits are held at once, by kind of device: 128 MiB, and as much again for their
+exponentials; or 2 MiB, which a processor's caches hold. Other devices are treated as CUDA."""
 
 
 def head_logprobs(head: Head, hidden: Tensor, targets: Tensor, temperatures: Tensor) -> tuple[Tensor, Tensor]:
@@ -38,29 +38,14 @@ class _ChunkedHead(torch.autograd.Function):
     @staticmethod
     def forward(ctx: Any, hidden: Tensor, head: Head, targets: Tensor, temperatures: Tensor) -> tuple[Tensor, Tensor]:
         logprobs, entropies = torch.empty_like(temperatures), torch.empty_like(temperatures)
-        wanted = ctx.needs_input_grad[0]
-        slopes = torch.empty_like(hidden) if wanted else None
-        rows = max(1, CHUNK_ELEMENTS // head.weight.shape[0])
+        slopes = torch.empty_like(hidden) if ctx.needs_input_grad[0] else None
+        rows, _ = TILES.get(hidden.device.type, TILES["cuda"])
         for start in range(0, len(hidden), rows):
             chunk = slice(start, start + rows)
-            temperature, target = temperatures[chunk, None], targets[chunk, None]
-            logits = head.shape_(project(hidden[chunk], head))
-            bend = head.slope(logits) if wanted else None
-            log_softmax = logits.div_(temperature)
-            log_softmax -= log_softmax.logsumexp(dim=-1, keepdim=True)
-            logprobs[chunk] = log_softmax.gather(1, target)[:, 0]
-            probabilities = log_softmax.exp()
-            entropies[chunk] = -sum(  # in pieces: at once it would be a third [rows, vocabulary]
-                (p * log_p).sum(dim=1)
-                for p, log_p in zip(probabilities.split(_PIECE, 1), log_softmax.split(_PIECE, 1), strict=True)
-            )
-            del logits, log_softmax
+            softmax = _Softmax(hidden[chunk], head, targets[chunk, None], temperatures[chunk, None], slopes is not None)
+            logprobs[chunk], entropies[chunk] = softmax.logprobs(), softmax.entropies()
             if slopes is not None:
-                delta = probabilities.neg_().scatter_add_(1, target, torch.ones_like(temperature))
-                delta = delta if bend is None else delta.mul_(bend)
-                slopes[chunk] = delta.to(head.weight.dtype) @ head.weight * (head.factor / temperature)
-                del delta
-            del probabilities, bend  # before the next chunk's logits are made
+                slopes[chunk] = softmax.slopes()
         if slopes is not None:
             ctx.save_for_backward(slopes)
         ctx.mark_non_differentiable(entropies)
@@ -73,14 +58,77 @@ class _ChunkedHead(torch.autograd.Function):
         return (slopes * gradients[0][:, None]).to(slopes.dtype), None, None, None
 
 
-def project(hidden: Tensor, head: Head) -> Tensor:
-    """``hidden [N, H]`` through the weight and bias of the head, in float32 whatever their type."""
-    weight = head.weight
+class _Softmax:
+    """The softmax of some rows, tile by tile of the vocabulary; ``[n, 1]`` but ``mean``, which is ``[n, H]``.
+
+    Relative to the largest logit so far: the sum of the exponentials, the sum of them times the logits, and, without
+    the target, their sum and the sum of them times the head's rows. With the target in it, a likely token's gradient
+    would be the difference of two nearly equal vectors, of which bfloat16 leaves nothing.
+    """
+
+    def __init__(self, hidden: Tensor, head: Head, target: Tensor, temperature: Tensor, slopes: bool) -> None:
+        self.head, self.temperature, self.target = head, temperature, target
+        self.highest = torch.full_like(temperature, -torch.inf)
+        self.sum, self.others, self.product = (torch.zeros_like(temperature) for _ in range(3))
+        self.chosen, self.bend = torch.zeros_like(temperature), torch.ones_like(temperature)
+        self.mean = hidden.new_zeros(hidden.shape, dtype=torch.float32) if slopes else None
+        _, columns = TILES.get(hidden.device.type, TILES["cuda"])
+        for first in range(0, head.weight.shape[0], columns):
+            weight = head.weight[first : first + columns]
+            bias = None if head.bias is None else head.bias[first : first + columns]
+            logits = head.shape_(project(hidden, weight, bias))
+            self._add(logits, weight, first)
+
+    def _add(self, logits: Tensor, weight: Tensor, first: int) -> None:
+        bend = self.head.slope(logits) if self.mean is not None else None
+        local = self.target - first
+        here = (local >= 0) & (local < logits.shape[1])
+        local = local.clamp(0, logits.shape[1] - 1)
+        if bend is not None:
+            self.bend = torch.where(here, bend.gather(1, local), self.bend)
+        logits.div_(self.temperature)
+        self.chosen = torch.where(here, logits.gather(1, local), self.chosen)
+        highest = torch.maximum(self.highest, logits.amax(dim=1, keepdim=True))
+        # Before the first tile it is -inf, whose product with 0 is no number.
+        moved = (self.highest - highest).clamp_(min=-1e4)
+        shrink = moved.exp()
+        logits -= highest
+        exponentials = logits.exp()
+        self.product = (self.product + self.sum * moved) * shrink + torch.linalg.vecdot(exponentials, logits)[:, None]
+        self.sum = self.sum * shrink + exponentials.sum(dim=1, keepdim=True)
+        self.highest = highest
+        if self.mean is not None:
+            exponentials.scatter_(1, local, exponentials.gather(1, local).masked_fill_(here, 0.0))
+            self.others = self.others * shrink + exponentials.sum(dim=1, keepdim=True)
+            weights = exponentials if bend is None else exponentials.mul_(bend)
+            accumulate(self.mean.mul_(shrink), weights, weight)
+
+    def logprobs(self) -> Tensor:
+        return (self.chosen - self.highest - self.sum.log())[:, 0]
+
+    def entropies(self) -> Tensor:
+        return (self.sum.log() - self.product / self.sum)[:, 0]
+
+    def slopes(self) -> Tensor:
+        assert self.mean is not None
+        target = self.head.weight[self.target[:, 0]].float().mul_(self.bend)
+        return (self.others * target - self.mean).mul_(self.head.factor / (self.sum * self.temperature))
+
+
+def project(hidden: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
+    """``hidden [n, H]`` through some rows ``[v, H]`` of the head, in float32 whatever their type."""
     if weight.dtype == torch.float32:
         logits = hidden.float() @ weight.T
     elif hidden.device.type == "cuda":
         logits = torch.mm(hidden.to(weight.dtype), weight.T, out_dtype=torch.float32)
     else:
-        pieces = weight.split(_PIECE)
-        logits = torch.cat([hidden.float() @ piece.float().T for piece in pieces], dim=1)
-    return logits if head.bias is None else logits.add_(head.bias)
+        logits = hidden.float() @ weight.float().T
+    return logits if bias is None else logits.add_(bias)
+
+
+def accumulate(total: Tensor, weights: Tensor, rows: Tensor) -> None:
+    """``total [n, H] += weights [n, v] @ rows [v, H]``, summed in float32."""
+    if rows.dtype != torch.float32 and total.device.type == "cuda":
+        total += torch.mm(weights.to(rows.dtype), rows, out_dtype=torch.float32)
+    else:
+        total.addmm_(weights, rows.float())

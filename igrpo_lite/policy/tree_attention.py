@@ -24,6 +24,9 @@ from igrpo_lite.policy.tree import Branch, TokenTree
 if TYPE_CHECKING:
     from torch.nn.attention.flex_attention import BlockMask
 
+QUERY_BLOCK = 128
+"""Places of a branch that attend at once: SDPA computes what the mask hides, and smaller blocks hide less."""
+
 FLEX_BLOCK = 128
 """Nodes are padded to whole blocks of FlexAttention."""
 
@@ -44,12 +47,9 @@ class SdpaTrees:
         for tree in self.trees:
             nodes = slice(start, start + tree.size)
             q, k, v = query[:, :, nodes], key[:, :, nodes], value[:, :, nodes]
-            own = slice(0, tree.trunk)
-            parts.append(
-                sdpa_attention_forward(
-                    module, q[:, :, own], k[:, :, own], v[:, :, own], None, scaling=scaling, is_causal=True
-                )[0]
-            )
+            # Copies: views would keep all of query, key and value for the backward pass, beside the branches' own.
+            trunk = [t[:, :, : tree.trunk].contiguous() for t in (q, k, v)]
+            parts.append(sdpa_attention_forward(module, *trunk, None, scaling=scaling, is_causal=True)[0])
             if tree.rows is not None:
                 parts.append(tree.branches(q, k, v, scaling))
             start += tree.size
@@ -74,7 +74,9 @@ class _Spread:
         seen = torch.arange(self.trunk + width)[None, :] <= self.trunk + torch.arange(width)[:, None]
         # Additive: SDPA makes this of a bool mask anyhow, but anew in every layer, and keeps it for the backward pass.
         bias = torch.zeros(seen.shape, dtype=dtype).masked_fill(~seen, float("-inf"))
-        self.biases = {1: bias[None, None].to(device)}
+        self.bias = bias[None, None].to(device)
+        self.biases: dict[tuple[int, int], Tensor] = {}
+        self.identity = len(owner) == rows.size  # nothing is padded or shared: rows are the nodes in order
 
     def branches(self, query: Tensor, key: Tensor, value: Tensor, scaling: float | None) -> Tensor:
         """Output of the nodes below the trunk, ``[1, n, H, D]``; the query heads of a key head are folded together."""
@@ -83,19 +85,25 @@ class _Spread:
         heads, kv_heads, size = query.shape[1], key.shape[1], query.shape[3]
         groups = heads // kv_heads
         q = query[0].transpose(0, 1)[self.rows].view(count, width, kv_heads, groups, size)
-        q = q.permute(0, 2, 3, 1, 4).reshape(count, kv_heads, groups * width, size)
         k, v = (
             torch.cat([t[:, :, : self.trunk].expand(count, -1, -1, -1), self._rows_of(t)], dim=2) for t in (key, value)
         )
-        out = scaled_dot_product_attention(q, k, v, attn_mask=self._bias(groups), scale=scaling)
-        out = out.view(count, kv_heads, groups, width, -1).permute(0, 3, 1, 2, 4).reshape(count * width, heads, -1)
-        return out[self.owner][None]
+        outs = []
+        for start in range(0, width, QUERY_BLOCK):
+            end = min(start + QUERY_BLOCK, width)
+            folded = q[:, start:end].permute(0, 2, 3, 1, 4).reshape(count, kv_heads, groups * (end - start), size)
+            seen = slice(0, self.trunk + end)
+            bias = self._bias(groups, start, end)
+            out = scaled_dot_product_attention(folded, k[:, :, seen], v[:, :, seen], attn_mask=bias, scale=scaling)
+            outs.append(out.view(count, kv_heads, groups, end - start, -1).permute(0, 3, 1, 2, 4))
+        out = torch.cat(outs, dim=1).reshape(count * width, heads, -1)
+        return (out if self.identity else out[self.owner])[None]
 
-    def _bias(self, groups: int) -> Tensor:
+    def _bias(self, groups: int, start: int, end: int) -> Tensor:
         # Made for the heads that are there: configurations name them in too many ways (GPT-BigCode's multi-query).
-        if groups not in self.biases:
-            self.biases[groups] = self.biases[1].repeat(1, 1, groups, 1)
-        return self.biases[groups]
+        if (groups, start) not in self.biases:
+            self.biases[groups, start] = self.bias[:, :, start:end, : self.trunk + end].repeat(1, 1, groups, 1)
+        return self.biases[groups, start]
 
     def _rows_of(self, tensor: Tensor) -> Tensor:
         return tensor[0].transpose(0, 1)[self.rows].transpose(1, 2)
