@@ -101,7 +101,7 @@ def table(findings: Sequence[Finding]) -> str:
         cpu = f"CPU {finding.value['cpu']:.2f}" if "cpu" in finding.value else ""
         sign = ">=" if finding.at_least else "<="
         goal = "" if finding.goal is None else f"{sign} {finding.goal:g}{' ' if finding.met else '!'}"
-        lines.append(f"{finding.what:<82} {shown:>24} {cpu:>9} {goal:>9}  vs {finding.baseline}")
+        lines.append(f"{finding.what:<78} {shown:>24} {cpu:>9} {goal:>9}  vs {finding.baseline}")
     return "\n" + "\n".join(lines)
 
 

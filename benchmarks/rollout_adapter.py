@@ -66,8 +66,10 @@ def measure_drift(options: Options) -> dict[str, Any]:
     def add(name: str, what: str, syncs: int, drift: dict[str, Any], goal: float | None = None) -> None:
         found["sides"][name] = {"syncs": syncs} | drift
         value = dict.fromkeys(("median", "min", "max"), drift["relative"])
-        moved = f"{syncs} updates and syncs; the adapter's own part of the weights is {drift['adapter']:.1e}"
-        found["findings"].append(Finding(DRIFT, what, moved, value, goal, unit=""))
+        moved = f"before {syncs} updates and syncs (what the adapter adds: {drift['adapter']:.1e})"
+        found["findings"].append(
+            Finding(DRIFT, f"relative drift of the frozen weights: {what}", moved, value, goal, unit="")
+        )
 
     for dtype in (torch.float32, torch.bfloat16):
         short = str(dtype).removeprefix("torch.")
@@ -78,7 +80,7 @@ def measure_drift(options: Options) -> dict[str, Any]:
     if importlib.util.find_spec("bitsandbytes") is None:
         found["skipped"].append("NF4: needs bitsandbytes, which is not installed")
     else:
-        add("trl, nf4", "TRL's merge and unmerge, NF4 (one layer)", sizes.syncs_nf4, _nf4_drift(options))
+        add("trl, nf4", "TRL's merge and unmerge, NF4, one layer", sizes.syncs_nf4, _nf4_drift(options))
     gc.collect()
     return found
 

@@ -89,7 +89,7 @@ def _equal(engine: str, sampler: Sampler, length: int, sizes: Sizes, found: dict
 
 
 def _uneven(engine: str, sampler: Sampler, live: int, sizes: Sizes, found: dict[str, Any]) -> None:
-    contenders = _contenders(sampler, heavy_tail(sizes.longest), sizes, ("barrier", "overlap", "ahead", "grpo"))
+    contenders = _contenders(sampler, heavy_tail(sizes.longest), sizes, SCHEDULES)
     seconds = _take_turns(contenders, sizes)
     lengths = f"8 + Exp(30), at most {sizes.longest}"
     run = _run(engine, live, lengths, contenders, seconds, sizes)
@@ -98,7 +98,6 @@ def _uneven(engine: str, sampler: Sampler, live: int, sizes: Sizes, found: dict[
     few = live == min(sizes.live)
     found["findings"] += _ratios(run, "overlap", "barrier", "barrier", 0.85 if few else None, None)
     found["findings"] += _ratios(run, "ahead", "barrier", "barrier", None, None)
-    found["findings"] += _ratios(run, "ahead", "grpo", "GRPO with N + G rollouts", None, None)
 
 
 def _contenders(sampler: Sampler, law: Law, sizes: Sizes, names: tuple[str, ...]) -> dict[str, Schedule]:

@@ -122,7 +122,6 @@ def ours(settings: dict[str, Any], channel: Channel) -> None:
             "max_num_seqs": settings["rollouts"],
             "kv_cache_gib": settings["kv_cache_gib"],
             "max_completion_length": settings["tokens"],
-            "draft_placement": "multi-turn",  # of the evaluation: a random model's drafts, read anew, are longer
             "reward_funcs": [f"{settings['reward']}:share_of_digits"],
             "learning_rate": settings["learning_rate"],
             "max_steps": steps,
