@@ -15,6 +15,9 @@ from typing import Any
 import pytest
 import torch
 
+from igrpo_lite.sampling.base import Request
+from igrpo_lite.types import Completion, Prompt
+
 FOLDER = Path(__file__).resolve().parents[1] / "benchmarks"
 
 
@@ -259,3 +262,53 @@ def test_the_update_benchmark_compares_equal_work(script, tmp_path):
     tokens, rows = counts("entropy-a")["full"]
     assert tokens < counts("entropy-a")["entropy"][0] <= 2 * tokens
     assert rows * 1.1 < counts("entropy-a")["entropy"][1] < rows * 1.5
+
+
+def test_the_rollout_benchmark_counts_steps_and_drift(script, tmp_path):
+    pytest.importorskip("vllm")
+    threads = torch.get_num_threads()
+    arguments = ["--quick", "--parts", "schedules", "drift", "--engines", "transformers"]
+    script("rollout").main([*arguments, "--json", str(tmp_path / "out.json")])
+    torch.set_num_threads(threads)
+    parts = json.loads((tmp_path / "out.json").read_text())["parts"]
+    few, equal = parts["schedules"]["runs"]
+    assert (few["live"], equal["live"], equal["lengths"]) == (4, 12, "all of 6 tokens")
+    steps = {name: side["decode_steps"] for name, side in equal["sides"].items()}
+    assert steps == {"grpo": [5], "ahead": [5]}  # the first tokens come with the prompts
+    assert {name: side["sampled_tokens"] for name, side in equal["sides"].items()} == {"grpo": [72], "ahead": [72]}
+    assert few["overlap_samples_as_barrier"] == "24 of 24"  # two steps of 12
+    steps = {name: side["decode_steps"][0] for name, side in few["sides"].items()}
+    assert steps["overlap"] < steps["barrier"]
+    assert few["sides"]["overlap"]["sampled_tokens"] == few["sides"]["barrier"]["sampled_tokens"]
+    drift = parts["drift"]["sides"]
+    for dtype in ("float32", "bfloat16"):
+        ours, theirs = drift[f"ours, {dtype}"], drift[f"trl, {dtype}"]
+        assert (ours["relative"], ours["same_fingerprint"], ours["one_copy"]) == (0.0, True, True)
+        assert ours["adapter"] == pytest.approx(theirs["adapter"], rel=1e-6)
+    assert 0 < drift["trl, float32"]["relative"] < 1e-6 < 1e-5 < drift["trl, bfloat16"]["relative"]
+
+
+def test_given_lengths_belong_to_requests(script):
+    common = script("rollout_common")
+    law, seeds = common.heavy_tail(160), [random.Random(seed) for seed in range(2000)]
+    lengths = sorted(law(rng) for rng in seeds)
+    assert (lengths[0], lengths[-1]) == (8, 160)
+    assert statistics.mean(lengths) == pytest.approx(
+        37.3, abs=2
+    )  # 8 + 30 (1 - e^-5) - 1/2
+    sampler = common.make_sampler("transformers", *common.make_policy("tiny"), 4)
+    prompts = [Prompt("", tuple(range(5, 15 + n))) for n in range(3)]
+    requests = [Request(prompt, seed, max_tokens=1) for seed, prompt in enumerate(prompts)]
+    given = common.GivenLengths(sampler, common.heavy_tail(20))
+    follow_up = Request(prompts[0], 7, max_tokens=1)
+    seen: dict[int, int] = {}
+
+    def on_finished(request: Request, completion: Completion) -> list[Request]:
+        seen[request.seed] = len(completion.ids)
+        return [follow_up] if request.seed == 1 else []
+
+    found = [len(completion.ids) for completion in given.run(requests, on_finished)]
+    wanted = {seed: common.heavy_tail(20)(random.Random(seed)) for seed in (0, 1, 2, 7)}
+    assert seen == wanted
+    assert found == [wanted[0], wanted[1], wanted[2]]
+    assert [request.seed for request in given.asked] == [0, 1, 2, 7]
