@@ -293,9 +293,7 @@ def test_given_lengths_belong_to_requests(script):
     law, seeds = common.heavy_tail(160), [random.Random(seed) for seed in range(2000)]
     lengths = sorted(law(rng) for rng in seeds)
     assert (lengths[0], lengths[-1]) == (8, 160)
-    assert statistics.mean(lengths) == pytest.approx(
-        37.3, abs=2
-    )  # 8 + 30 (1 - e^-5) - 1/2
+    assert statistics.mean(lengths) == pytest.approx(37.3, abs=2)  # 8 + 30 (1 - e^-5) - 1/2
     sampler = common.make_sampler("transformers", *common.make_policy("tiny"), 4)
     prompts = [Prompt("", tuple(range(5, 15 + n))) for n in range(3)]
     requests = [Request(prompt, seed, max_tokens=1) for seed, prompt in enumerate(prompts)]

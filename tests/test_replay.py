@@ -194,7 +194,8 @@ def test_rollouts_do_not_depend_on_the_order_of_finishing(algorithm, parts):
 def test_replay_leaves_the_other_rollouts_as_they_are(algorithm, parts):
     with_replay = collect(small_config(algorithm=algorithm, **REPLAY), parts, scripted(parts))
     without = collect(small_config(algorithm=algorithm, tokens="t-spmo"), parts, scripted(parts))
-    other_tokens = collect(small_config(algorithm=algorithm, tspmo_replay=3), parts, scripted(parts))
+    idle = small_config(algorithm=algorithm).model_copy(update={"tspmo_replay": 3})
+    other_tokens = collect(idle, parts, scripted(parts))
     assert [dataclasses.replace(rollout, replays=()) for rollout in with_replay] == without == other_tokens
     assert any(rollout.replays for rollout in with_replay)
 

@@ -6,10 +6,12 @@ from collections.abc import Iterator, Mapping
 from dataclasses import asdict, dataclass, field
 from itertools import pairwise
 from statistics import median
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import psutil  # type: ignore[import-untyped]
-import torch
+
+if TYPE_CHECKING:
+    import torch
 
 _MIB = 2**20
 
@@ -24,6 +26,8 @@ def memory(device: torch.device) -> dict[str, float]:
     """Resident memory of this process, and what torch has taken on a CUDA device and its peak, in MiB."""
     found = {"rss": psutil.Process().memory_info().rss / _MIB}
     if device.type == "cuda":
+        import torch
+
         found["device"] = torch.cuda.memory_reserved(device) / _MIB
         found["device_peak"] = torch.cuda.max_memory_allocated(device) / _MIB
     return found
