@@ -6,7 +6,7 @@ these have one. Nothing here imports torch, so that a wrong setting is reported 
 
 from __future__ import annotations
 
-from typing import Annotated, Any, Literal
+from typing import Annotated, Literal
 
 from pydantic import BaseModel, ConfigDict, Field, PositiveFloat, PositiveInt
 
@@ -51,8 +51,9 @@ class DataOptions(Section):
 
     data: str = Field(
         "two-step",
-        description="Synthetic set (`two-step`, `multiplication`, `addition`), a JSONL, JSON, CSV or parquet file, "
-        "or a hub data set id.",
+        description="Public set by its short name (`igrpo-lite data ls`) or hub id, JSONL, JSON, CSV or parquet file, "
+        "synthetic set (`two-step`, `multiplication`, `addition`); `gsm8k=file` for a local copy of a public set; "
+        "several with weights as `gsm8k:3,svamp:1`.",
     )
     data_config: str | None = Field(None, description="Configuration name of a hub data set.")
     data_split: str = Field("train", description="Split of a hub data set to train on.")
@@ -63,6 +64,19 @@ class DataOptions(Section):
     )
     max_bad_rows: Annotated[int, Field(ge=0)] = Field(
         0, description="Rows that may be unreadable before the run refuses to start; they are named and counted."
+    )
+    stream_rows: PositiveInt | None = Field(
+        None,
+        description="Rows read of a hub set, streamed instead of downloaded as a whole; unset: all, of very large sets "
+        "the first 20,000.",
+    )
+    decontaminate: list[str] = Field(
+        [],
+        description="Sets, given like `data`, that training must share no question and no long run of words with; the "
+        "held-out set always is one.",
+    )
+    decontaminate_ngram: Annotated[int, Field(ge=0)] = Field(
+        13, description="Words in a row that count as shared; 0: only whole questions do."
     )
     eval_data: str | None = Field(
         None,
@@ -111,9 +125,10 @@ class RolloutOptions(Section):
     max_completion_length: PositiveInt = Field(
         768, description="Tokens sampled at most per completion, in either stage."
     )
-    draft_selection: Literal["best", "random", "worst_formatted"] = Field(
+    draft_selection: Literal["best", "random", "worst", "worst_formatted", "mixed"] = Field(
         "best",
-        description="Draft that stage 2 sees: highest reward (the paper's), any, or the worst that is well-formed.",
+        description="Draft that stage 2 sees: highest reward (the paper's), any, the lowest, the lowest that is "
+        "well-formed, or best or worst by chance.",
     )
     draft_tie_break: Literal["first", "random", "shortest"] = Field(
         "first", description="Choice among drafts of equal reward; drafts are independent, so the first is a fair draw."
@@ -122,9 +137,10 @@ class RolloutOptions(Section):
         "last_resort",
         description="Drafts cut at the length limit: chosen only when all are cut, or treated like others.",
     )
-    draft_fallback: Literal["none", "plain"] = Field(
+    draft_fallback: Literal["none", "plain", "agree"] = Field(
         "none",
-        description="When the chosen draft earned nothing: show it all the same (the paper), or sample without it.",
+        description="Show the draft always (the paper); sample without it where it earned nothing (`plain`), or where "
+        "all drafts earned the same (`agree`).",
     )
     schedule: Literal["barrier", "overlap", "ahead"] = Field(
         "overlap",
@@ -170,12 +186,50 @@ class RewardOptions(Section):
     reward_funcs: list[str] = Field(
         ["accuracy", "format"],
         min_length=1,
-        description="`accuracy`, `format`, or your own as `path/file.py:function`.",
+        description="`accuracy`, `format`, `soft_overlong`, `cosine`, `repetition`, `judge`, `random`, or your own as "
+        "`path/file.py:function`.",
     )
     reward_weights: list[float] | None = Field(
         None, description="One weight per reward; unset: 1, except 0.1 for `format` (the paper: 1 and 1)."
     )
     reward_timeout: PositiveFloat = Field(60.0, description="Seconds one call of your own reward may take.")
+    math_verify: bool = Field(
+        True,
+        description="Ask math-verify, in worker processes, about answers that the exact comparison cannot judge.",
+    )
+    math_verify_timeout: PositiveFloat = Field(5.0, description="Seconds that may take for one answer.")
+    overlong_buffer: PositiveInt | None = Field(
+        None,
+        description="`soft_overlong`: tokens before `max_completion_length` over which the reward falls from 0 to -1; "
+        "unset: a fifth of that length.",
+    )
+    repetition_ngram: Annotated[int, Field(ge=2)] = Field(
+        3, description="`repetition`: words of the n-grams whose repetition costs."
+    )
+    judge_url: str | None = Field(
+        None, description="`judge`: OpenAI-compatible endpoint, like `http://localhost:8000/v1` (vLLM, Ollama)."
+    )
+    judge_model: str | None = Field(None, description="`judge`: model name at the endpoint; unset: its only one.")
+    judge_api_key_env: str = Field(
+        "OPENAI_API_KEY",
+        description="`judge`: environment variable that holds the key; may be unset for local servers.",
+    )
+    judge_prompt: str | None = Field(
+        None,
+        description="`judge`: text or file with {question} and {completion}, and {answer} where it may see the gold "
+        "answer; unset: ours.",
+    )
+    judge_max_tokens: PositiveInt = Field(1024, description="`judge`: tokens the judge may write per completion.")
+    judge_timeout: PositiveFloat = Field(60.0, description="`judge`: seconds one call may take.")
+    judge_retries: Annotated[int, Field(ge=0)] = Field(3, description="`judge`: further tries of a failed call.")
+    judge_concurrency: PositiveInt = Field(8, description="`judge`: calls at the same time.")
+    judge_token_budget: PositiveInt | None = Field(
+        None,
+        description="`judge`: tokens, read and written, after which the run stops with everything saved; unset: any.",
+    )
+    judge_cache: str | None = Field(
+        None, description="`judge`: folder where scores are kept and looked up; unset: the user's cache folder."
+    )
 
 
 class UpdateOptions(Section):
@@ -283,6 +337,29 @@ class UpdateOptions(Section):
     )
 
 
+class VariantOptions(Section):
+    """Variants of our own (for studies; the defaults are the papers' methods)"""
+
+    draft_answer: Literal["shown", "hidden"] = Field(
+        "shown",
+        description="Final answer of the draft in stage 2: as written, or every occurrence of it replaced by `?`.",
+    )
+    stage2_baseline: Literal["mean", "draft"] = Field(
+        "mean", description="What a refinement's reward is compared with: the mean of its group, or the draft's reward."
+    )
+    joint_groups: Literal["own", "pooled"] = Field(
+        "own", description="`igrpo-joint`: each stage its own group, or drafts and refinements in one."
+    )
+    single_stage_share: Fraction = Field(
+        0.0, description="Share of the problems of a two-stage step that get one stage, with all rollouts, like GRPO."
+    )
+    plain_refinements: Annotated[float, Field(ge=0.0)] = Field(
+        0.0,
+        description="Weight with which refinements better than the mean draft are also learned under the question "
+        "alone, importance-weighted; 0: never.",
+    )
+
+
 class RunOptions(Section):
     """The run"""
 
@@ -311,7 +388,9 @@ class RunOptions(Section):
     sample_steps: PositiveInt = Field(20, description="Steps between samples shown on the screen.")
 
 
-class RunConfig(RunOptions, UpdateOptions, RewardOptions, RolloutOptions, PromptOptions, DataOptions, ModelOptions):
+class RunConfig(
+    RunOptions, VariantOptions, UpdateOptions, RewardOptions, RolloutOptions, PromptOptions, DataOptions, ModelOptions
+):
     """Everything one training run depends on. Build it with :func:`igrpo_lite.settings.resolve`, which applies the
     defaults of the model and checks fields against each other."""
 
@@ -323,31 +402,6 @@ SECTIONS: tuple[type[Section], ...] = (
     RolloutOptions,
     RewardOptions,
     UpdateOptions,
+    VariantOptions,
     RunOptions,
 )
-
-MODEL_DEFAULTS: dict[str, dict[str, Any]] = {
-    "tiny": {
-        "lora_alpha": 32,
-        "num_generations": 16,
-        "max_completion_length": 48,
-        "learning_rate": 1e-3,
-        "max_grad_norm": 1.0,
-        "max_steps": 60,
-        "eval_steps": 20,
-        "eval_size": 400,
-        "save_steps": 20,
-        "sample_steps": 20,
-    },
-}
-"""Defaults that suit one model better than the general ones; whatever the user sets wins."""
-
-SGRPO_PRESETS: dict[str, dict[str, Any]] = {
-    "short": {"sgrpo_alpha": 0, "sgrpo_p": 0.4, "sgrpo_k": 0},
-    "long": {"sgrpo_alpha": 100, "sgrpo_p": 0.5, "sgrpo_k": 300},
-}
-"""S-GRPO for answers of a few hundred tokens, and for longer ones: 40 % of the tokens, or those up to about the 500th,
-after which nothing has to be computed. Ours; the paper's own values could not be found."""
-
-LONG_COMPLETION = 600
-"""Tokens of ``max_completion_length`` from which the preset ``long`` is the default."""

@@ -12,7 +12,8 @@ from typing import Any, get_origin
 
 from pydantic import ValidationError
 
-from igrpo_lite.config import LONG_COMPLETION, MODEL_DEFAULTS, SGRPO_PRESETS, RunConfig
+from igrpo_lite.config import RunConfig
+from igrpo_lite.defaults import LONG_COMPLETION, MODEL_DEFAULTS, SGRPO_PRESETS
 from igrpo_lite.errors import ConfigError
 from igrpo_lite.fields import FIELDS, allowed, choices, hint, is_list, nearest, parts
 from igrpo_lite.recipe_file import dump, load_file

@@ -10,8 +10,8 @@ import pytest
 PACKAGE = Path(__file__).parents[1] / "igrpo_lite"
 FLOORS = [
     {"types", "errors", "versions"},
-    {"config", "prompts"},
-    {"fields", "problems", "rewards"},
+    {"config", "defaults", "prompts"},
+    {"fields", "planning", "problems", "rewards"},
     {"tiny"},
     {"checks", "recipe_file"},
     {"settings"},
@@ -20,6 +20,7 @@ FLOORS = [
     {"algorithms"},
     {"evaluation", "report"},
     {"training"},
+    {"comparison"},
     {"cli", "trl"},
 ]
 LEVEL = {room: level for level, rooms in enumerate(FLOORS) for room in rooms}

@@ -10,7 +10,8 @@ import pytest
 
 import igrpo_lite
 from igrpo_lite import checks
-from igrpo_lite.config import MODEL_DEFAULTS, SECTIONS, ModelOptions, PromptOptions, RunConfig
+from igrpo_lite.config import SECTIONS, ModelOptions, PromptOptions, RunConfig
+from igrpo_lite.defaults import MODEL_DEFAULTS
 from igrpo_lite.errors import ConfigError
 from igrpo_lite.fields import FIELDS, allowed
 from igrpo_lite.settings import RESUMABLE, differences, dump, examine, load_file, merge, preflight, resolve

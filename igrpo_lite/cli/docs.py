@@ -10,7 +10,8 @@ from typing import Any
 from rich.console import Console
 
 from igrpo_lite.cli.app import build
-from igrpo_lite.config import MODEL_DEFAULTS, SECTIONS, Section
+from igrpo_lite.config import SECTIONS, Section
+from igrpo_lite.defaults import MODEL_DEFAULTS
 from igrpo_lite.fields import FIELDS, choices, default_text, short_type
 
 VERBS = ((), ("train",), ("eval",), ("show-prompt",), ("recipes", "ls"), ("recipes", "cp"))

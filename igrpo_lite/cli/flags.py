@@ -12,7 +12,8 @@ from typing import Annotated, Any
 
 from cyclopts import App, Group, Parameter, Token
 
-from igrpo_lite.config import MODEL_DEFAULTS, SECTIONS, RunConfig
+from igrpo_lite.config import SECTIONS, RunConfig
+from igrpo_lite.defaults import MODEL_DEFAULTS
 from igrpo_lite.errors import ConfigError
 from igrpo_lite.fields import FIELDS, choices, default_text, hint, is_list, item_type, parts, section_of
 from igrpo_lite.settings import examine, load_file, merge, preflight, suggestion
