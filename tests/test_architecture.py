@@ -10,7 +10,7 @@ import pytest
 PACKAGE = Path(__file__).parents[1] / "igrpo_lite"
 FLOORS = [
     {"types", "errors", "versions"},
-    {"config", "defaults", "prompts"},
+    {"config", "defaults", "environment", "prompts"},
     {"fields", "planning", "problems", "rewards"},
     {"tiny"},
     {"checks", "recipe_file"},
