@@ -7,7 +7,7 @@ draft is conditional). Stage 2 only changes the user's turn (``plain``) or adds 
 from __future__ import annotations
 
 import string
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Literal
 
@@ -101,6 +101,7 @@ class PromptBuilder:
 
     Attributes:
         max_length: tokens of a stage-2 prompt at most; unset: any number.
+        hide_answer: takes the final answer out of a draft's text before it is shown; unset: they are shown as they are.
     """
 
     def __init__(
@@ -117,6 +118,7 @@ class PromptBuilder:
         self.placement = placement
         self.max_draft_length = max_draft_length
         self.max_length: int | None = None
+        self.hide_answer: Callable[[str], str] | None = None
         self.plain_template = not tokenizer.chat_template
         self._merge_system = not self.plain_template and bool(system_prompt) and not self._accepts_system()
 
@@ -137,6 +139,7 @@ class PromptBuilder:
             draft = self.tokenizer.decode(kept, skip_special_tokens=True)
             for control in self.tokenizer.all_special_tokens:
                 draft = draft.replace(control, "")
+            draft = self.hide_answer(draft) if self.hide_answer is not None else draft
             content = self.stage2_template.format(question=question, draft=draft.strip())
             prompt = self._encode(self._render([{"role": "user", "content": content}]))
             excess = len(prompt.ids) - (self.max_length or len(prompt.ids))

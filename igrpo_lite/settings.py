@@ -254,7 +254,37 @@ def _cross_findings(config: RunConfig, bad: set[str]) -> list[str]:
             f"schedule: ahead is for igrpo; with {config.algorithm} "
             + ("there are no drafts" if config.algorithm == "grpo" else "drafts learn, so they must be on-policy")
         )
-    return found + _selection_findings(config)
+    return found + _variant_findings(config) + _selection_findings(config)
+
+
+def _variant_findings(config: RunConfig) -> list[str]:
+    """Variants that do not go with another setting."""
+    found = []
+    two_stages = {
+        "stage2_baseline": config.stage2_baseline != "mean",
+        "single_stage_share": config.single_stage_share > 0,
+        "plain_refinements": config.plain_refinements > 0,
+    }
+    found += [
+        f"{name}: is about a second stage, which grpo has not; choose igrpo or igrpo-joint, or leave it out"
+        for name, used in two_stages.items()
+        if used and config.algorithm == "grpo"
+    ]
+    if config.joint_groups == "pooled" and config.algorithm != "igrpo-joint":
+        found.append(f"joint_groups: pooled is for igrpo-joint; with {config.algorithm} one stage learns")
+    if config.draft_answer == "hidden" and config.draft_placement != "plain":
+        found.append("draft_answer: hidden needs draft_placement plain; as a turn of its own a draft stays as it is")
+    if config.single_stage_share and config.schedule == "ahead":
+        found.append("single_stage_share: does not go with schedule ahead, whose first stage is one update old")
+    pooled = config.joint_groups == "pooled"
+    for name, used in {"joint_groups": pooled, **two_stages}.items():
+        if used and config.tokens == "t-spmo" and name != "single_stage_share":
+            found.append(f"{name}: has no effect with tokens t-spmo, which takes rewards as they are; leave it out")
+        if used and config.dynamic_sampling and name != "single_stage_share":
+            found.append(f"{name}: does not go with dynamic_sampling, which judges each group by its own rewards")
+    if config.plain_refinements and config.importance_sampling_mode == "none":
+        found.append("plain_refinements: needs importance weights; set an importance_sampling_mode other than none")
+    return found
 
 
 def _idle(config: RunConfig) -> list[str]:

@@ -105,6 +105,9 @@ METHODS: list[tuple[str, dict[str, Any]]] = [
     ("igrpo", {"tokens": "t-spmo", "tspmo_weight": "count", "tspmo_baseline": "children", "beta": 0.05}),
     ("igrpo-joint", {"tokens": "t-spmo", "tspmo_min_visits": 3, "draft_temperature": 0.8}),
     ("igrpo-joint", {"draft_temperature": 0.8}),
+    ("igrpo-joint", {"joint_groups": "pooled"}),
+    ("igrpo", {"stage2_baseline": "draft"} | SGRPO),
+    ("igrpo", {"plain_refinements": 0.5, "loss_type": "dapo"}),
 ]
 
 

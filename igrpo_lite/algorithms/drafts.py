@@ -17,7 +17,8 @@ class DraftChoice:
     Attributes:
         index: its place among the drafts.
         tied: whether another eligible draft had the same reward.
-        shown: whether stage 2 sees it (``draft_fallback="plain"`` hides a draft that earned nothing).
+        shown: whether stage 2 sees it (``draft_fallback``: ``plain`` hides a draft that earned nothing, ``agree``
+            any where all drafts earned the same).
     """
 
     index: int
@@ -36,13 +37,14 @@ def choose_draft(
     eligible = list(range(len(drafts)))
     if options.truncated_drafts == "last_resort":
         eligible = [i for i in eligible if not drafts[i].truncated] or eligible
-    if options.draft_selection == "random":
+    selection = rng.choice(("best", "worst")) if options.draft_selection == "mixed" else options.draft_selection
+    if selection == "random":
         index = rng.choice(eligible)
-        return DraftChoice(index, False, _is_shown(scores[index], options))
-    if options.draft_selection == "worst_formatted":
+        return DraftChoice(index, False, _is_shown(index, scores, options))
+    if selection == "worst_formatted":
         eligible = [i for i in eligible if _well_formed(scores[i])] or eligible
     rewards = {i: _reward(scores[i]) for i in eligible}
-    target = (min if options.draft_selection == "worst_formatted" else max)(rewards.values())
+    target = (max if selection == "best" else min)(rewards.values())
     tied = [i for i in eligible if rewards[i] == target]
     if options.draft_tie_break == "random":
         index = rng.choice(tied)
@@ -50,7 +52,7 @@ def choose_draft(
         index = min(tied, key=lambda i: len(drafts[i].ids))
     else:
         index = tied[0]
-    return DraftChoice(index, len(tied) > 1, _is_shown(scores[index], options))
+    return DraftChoice(index, len(tied) > 1, _is_shown(index, scores, options))
 
 
 def _reward(score: Score) -> float:
@@ -63,5 +65,7 @@ def _well_formed(score: Score) -> bool:
     return form > 0 if form is not None else score.answer is not None
 
 
-def _is_shown(score: Score, options: RolloutOptions) -> bool:
-    return options.draft_fallback == "none" or _reward(score) > 0
+def _is_shown(index: int, scores: Sequence[Score], options: RolloutOptions) -> bool:
+    if options.draft_fallback == "agree":
+        return len({_reward(score) for score in scores}) > 1
+    return options.draft_fallback == "none" or _reward(scores[index]) > 0

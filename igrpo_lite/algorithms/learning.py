@@ -14,6 +14,9 @@ import random
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
 
+import torch
+from torch import Tensor
+
 from igrpo_lite.algorithms.advantages import advantages, reward_tensor
 from igrpo_lite.algorithms.objectives import Totals
 from igrpo_lite.algorithms.rollout import Rollout, learning_groups, stage_temperature
@@ -29,12 +32,16 @@ _NOTHING = Learning((), (), (), 0.0)
 
 @dataclass(frozen=True, slots=True)
 class LearningSequence:
-    """A completion, the prompt it was sampled for, and its share of the loss."""
+    """A completion, the prompt it is learned under, and its share of the loss.
+
+    ``foreign``: it was sampled under another prompt, so that its log-probabilities differ by more than rounding.
+    """
 
     prompt: Prompt
     completion: Completion
     temperature: float
     learning: Learning
+    foreign: bool = False
 
     @property
     def branch(self) -> Branch:
@@ -52,20 +59,58 @@ def learning_sequences(rollouts: Sequence[Rollout], config: RunConfig, step: int
     """
     if config.tokens == "t-spmo":
         return [sequence for rollout in rollouts for sequence in _prefix_matched(rollout, config)]
-    places = [(place, g) for place, r in enumerate(rollouts) for g in learning_groups(r, config.algorithm)]
-    scaled = advantages([reward_tensor(group.scores) for _, group in places], config.scale_rewards)
     found = []
-    for (place, group), row in zip(places, scaled, strict=True):
-        for index, (completion, advantage) in enumerate(zip(group.completions, row.tolist(), strict=True)):
-            seed = request_seed(config.seed, "tokens", step, place, group.problem.id, group.stage, index)
-            learning = _selected(completion, advantage, config, random.Random(seed))
-            found.append(_sequence(group, completion, learning, config))
+    for place, (rollout, rows) in enumerate(zip(rollouts, _advantages(rollouts, config), strict=True)):
+        for group, row in zip(learning_groups(rollout, config.algorithm), rows, strict=True):
+            for index, (completion, advantage) in enumerate(zip(group.completions, row.tolist(), strict=True)):
+                seed = request_seed(config.seed, "tokens", step, place, group.problem.id, group.stage, index)
+                learning = _selected(completion, advantage, config, random.Random(seed))
+                found.append(_sequence(group, completion, learning, config))
+        found += plain_refinements(rollout, config)
+    return found
+
+
+def plain_refinements(rollout: Rollout, config: RunConfig) -> list[LearningSequence]:
+    """Refinements that earned more than the mean draft, to be learned under the question alone (a variant of ours).
+
+    Their advantage is ``plain_refinements`` times what they earned more. The sampler's probabilities are those under
+    the prompt with the draft, so its correction (``importance_sampling_mode``) is the importance weight.
+    """
+    group = rollout.stage2
+    if not config.plain_refinements or group is None or group.prompt == rollout.stage1.prompt:
+        return []
+    mean = float(reward_tensor(rollout.stage1.scores).nanmean())
+    found = []
+    for completion, reward in zip(group.completions, reward_tensor(group.scores).tolist(), strict=True):
+        if reward > mean and not (config.mask_truncated_completions and completion.truncated):
+            learning = all_tokens(len(completion.ids), config.plain_refinements * (reward - mean))
+            temperature = stage_temperature(config, "stage2")
+            found.append(LearningSequence(rollout.stage1.prompt, completion, temperature, learning, foreign=True))
+    return found
+
+
+def _advantages(rollouts: Sequence[Rollout], config: RunConfig) -> list[list[Tensor]]:
+    """Advantages of each learning group of each rollout, ``[G]``."""
+    rewards = [[reward_tensor(g.scores) for g in learning_groups(r, config.algorithm)] for r in rollouts]
+    pools = [[torch.cat(groups)] for groups in rewards] if config.joint_groups == "pooled" else rewards
+    scaled = iter(advantages([pool for groups in pools for pool in groups], config.scale_rewards))
+    found = []
+    for rollout, groups in zip(rollouts, rewards, strict=True):
+        if config.joint_groups == "pooled":
+            rows = list(next(scaled).split([len(group) for group in groups]))
+        else:
+            rows = [next(scaled) for _ in groups]
+        draft = rollout.draft_score if rollout.choice is not None and rollout.choice.shown else None
+        if config.stage2_baseline == "draft" and draft is not None and draft.reward is not None:
+            rows[-1] = (groups[-1] - draft.reward).nan_to_num(0.0)  # undivided: a group of equal rewards has no spread
+        found.append(rows)
     return found
 
 
 def totals(sequences: Sequence[LearningSequence]) -> Totals:
-    """What the losses of a step are divided by."""
-    return Totals(len(sequences), sum(sequence.learning.count for sequence in sequences))
+    """What the losses of a step are divided by: what was sampled to learn from."""
+    own = [sequence for sequence in sequences if not sequence.foreign]
+    return Totals(len(own), sum(sequence.learning.count for sequence in own))
 
 
 def teaching(sequences: Sequence[LearningSequence], beta: float) -> list[LearningSequence]:

@@ -15,12 +15,12 @@ stage 1, which gives three schedules with the same rollouts:
 
 from __future__ import annotations
 
+import math
 import random
 import time
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor, wait
 from dataclasses import asdict, dataclass, field
-from math import inf
 from typing import Any
 
 from igrpo_lite.algorithms.drafts import DraftChoice, choose_draft
@@ -78,12 +78,16 @@ class _Tag:
 
 @dataclass(slots=True)
 class _Pending:
-    """One problem under way: what has come back so far, in request order."""
+    """One problem under way: what has come back so far, in request order.
+
+    ``single``: it gets one stage with all rollouts, whatever the algorithm (``single_stage_share``).
+    """
 
     problem: Problem
     step: int
     slot: int
     prompts: dict[Stage, Prompt]
+    single: bool
     finished: dict[_Part, list[Completion | None]] = field(default_factory=dict)
     groups: dict[Stage, Group] = field(default_factory=dict)
     restarts: dict[_Part, Restart] = field(default_factory=dict)
@@ -163,7 +167,8 @@ class RolloutCollector:
         undrafted = [p for p in mine if "stage1" not in p.groups]  # with ``ahead`` only in the first step
         later = self._begin(upcoming if ahead else (), step + 1, 0)
         self._done = 0
-        self._total = (len(undrafted) + len(later)) * stage1_size(self.config) + len(mine) * stage2_size(self.config)
+        refined = sum(not p.single for p in mine)
+        self._total = sum(map(self._stage1_size, undrafted + later)) + refined * stage2_size(self.config)
         self._sample([request for p in undrafted for request in self._drafts(p)])
         if ahead:
             wave = [request for p in mine for request in self._refine(p)]
@@ -200,7 +205,8 @@ class RolloutCollector:
         for slot, problem in enumerate(problems, start=first_slot):
             if (step, slot) not in self._pending:
                 prompts: dict[Stage, Prompt] = {"stage1": self.prompts.first(problem.question)}
-                self._pending[step, slot] = _Pending(problem, step, slot, prompts)
+                single = is_single_stage(slot, self.config)
+                self._pending[step, slot] = _Pending(problem, step, slot, prompts, single)
         return [self._pending[step, slot] for slot in range(first_slot, first_slot + len(problems))]
 
     def _sample(self, wave: list[Request]) -> None:
@@ -243,7 +249,7 @@ class RolloutCollector:
         arguments = pending.problem, pending.prompts[part[0]], completions
         if self._thread is not None:
             scores = self._thread.submit(self.scorer.score, *arguments)
-            due = self._polls + _REWARD_STEPS if self._joins(part) else inf
+            due = self._polls + _REWARD_STEPS if self._joins(pending, part) else math.inf
             self._scoring.append(_Scoring(pending, part, completions, scores, due))
             return ()
         started = time.perf_counter()
@@ -251,17 +257,18 @@ class RolloutCollector:
         self.reward_seconds += time.perf_counter() - started
         return self._follow(pending, part, completions, found)
 
-    def _joins(self, part: _Part) -> bool:
+    def _joins(self, pending: _Pending, part: _Part) -> bool:
         """Whether there is something that joins the batch once a part is scored."""
         (stage, number), config = part, self.config
         if number or config.schedule == "barrier":
             return False
-        refined = stage == "stage1" and config.algorithm != "grpo" and config.schedule == "overlap"
-        return refined or self._replayed(stage)
+        refined = stage == "stage1" and not pending.single and config.schedule == "overlap"
+        return refined or self._replayed(pending, stage)
 
-    def _replayed(self, stage: Stage) -> bool:
+    def _replayed(self, pending: _Pending, stage: Stage) -> bool:
         config = self.config
-        return config.tokens == "t-spmo" and config.tspmo_replay > 0 and stage in learning_stages(config.algorithm)
+        learns = stage in learning_stages("grpo" if pending.single else config.algorithm)
+        return learns and config.tokens == "t-spmo" and config.tspmo_replay > 0
 
     def _follow(
         self, pending: _Pending, part: _Part, completions: tuple[Completion, ...], scores: Sequence[Score]
@@ -278,7 +285,7 @@ class RolloutCollector:
         pending.groups[stage] = Group(problem, stage, prompt, completions, tuple(scores))
         more = self._restart(pending, stage)
         self._total += len(more)
-        if stage == "stage1" and self.config.algorithm != "grpo" and self.config.schedule != "ahead":
+        if stage == "stage1" and not pending.single and self.config.schedule != "ahead":
             more = self._refine(pending) + more
         if self.config.schedule == "barrier":
             self._deferred += more
@@ -286,7 +293,10 @@ class RolloutCollector:
         return more
 
     def _drafts(self, pending: _Pending) -> list[Request]:
-        return self._requests(pending, ("stage1", 0), stage1_size(self.config))
+        return self._requests(pending, ("stage1", 0), self._stage1_size(pending))
+
+    def _stage1_size(self, pending: _Pending) -> int:
+        return self.config.num_generations if pending.single else stage1_size(self.config)
 
     def _refine(self, pending: _Pending) -> list[Request]:
         """Choose the draft and ask for the refinements."""
@@ -302,7 +312,7 @@ class RolloutCollector:
 
     def _restart(self, pending: _Pending, stage: Stage) -> list[Request]:
         """Choose where a learning stage is replayed and ask for the continuations."""
-        if not self._replayed(stage):
+        if not self._replayed(pending, stage):
             return []
         rng = random.Random(pending.seed(self.seed, stage, "replay"))
         requests = []
@@ -350,9 +360,17 @@ def learning_stages(algorithm: str) -> tuple[Stage, ...]:
 
 
 def learning_groups(rollout: Rollout, algorithm: str) -> tuple[Group, ...]:
-    """The groups of one rollout whose tokens learn (see :func:`learning_stages`), without its replays."""
-    stages = learning_stages(algorithm)
+    """The groups of one rollout whose tokens learn (see :func:`learning_stages`), without its replays. A rollout of one
+    stage learns from that, whatever the algorithm."""
+    stages = learning_stages(algorithm if rollout.stage2 is not None else "grpo")
     return tuple(group for group in rollout.groups if group.stage in stages)
+
+
+def is_single_stage(slot: int, config: RunConfig) -> bool:
+    """Whether the problem in this place of a step gets one stage: always for GRPO, else ``single_stage_share`` of the
+    places, evenly spread."""
+    share = config.single_stage_share
+    return config.algorithm == "grpo" or math.floor((slot + 1) * share) > math.floor(slot * share)
 
 
 def stage1_size(options: RolloutOptions) -> int:

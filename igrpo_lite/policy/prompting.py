@@ -9,18 +9,21 @@ from igrpo_lite.config import PromptOptions, RunConfig
 from igrpo_lite.errors import ConfigError
 from igrpo_lite.policy.loading import load_tokenizer, read_context_length
 from igrpo_lite.prompts import STAGE2_TEMPLATES, SYSTEM_PROMPTS, PromptBuilder, read_text_or_file
+from igrpo_lite.rewards.hiding import hide_answer
 from igrpo_lite.types import Problem
 
 
 def prompt_builder(config: RunConfig) -> PromptBuilder:
     """The prompt builder that ``config`` describes, with the model's own tokenizer."""
-    return PromptBuilder(
+    prompts = PromptBuilder(
         load_tokenizer(config),
         system_prompt(config),
         stage2_template(config),
         config.draft_placement,
         config.max_draft_length,
     )
+    prompts.hide_answer = hide_answer if config.draft_answer == "hidden" else None
+    return prompts
 
 
 def system_prompt(options: PromptOptions) -> str:
