@@ -25,9 +25,17 @@ class ModelOptions(Section):
 
     model: str = Field("tiny", description="`tiny` (bundled), a local folder, or a Hugging Face hub id.")
     revision: str | None = Field(None, description="Branch, tag or commit of a hub model.")
-    dtype: Literal["auto", "float32", "bfloat16"] = Field(
+    backend: Literal["auto", "transformers", "unsloth"] = Field(
         "auto",
-        description="Type of the frozen weights; `auto`: bfloat16 on GPUs that compute in it, float32 elsewhere.",
+        description="What loads the model; `auto`: Unsloth on a CUDA GPU where it is installed.",
+    )
+    load_in_4bit: bool = Field(
+        False, description="Frozen weights in 4 bits (NF4 by bitsandbytes; QLoRA): a third of the memory, slower."
+    )
+    dtype: Literal["auto", "float32", "bfloat16", "float16"] = Field(
+        "auto",
+        description="Type of the frozen weights, or of what 4-bit ones are computed in; `auto`: bfloat16 on GPUs that "
+        "compute in it, float16 on older ones, float32 elsewhere.",
     )
     device: str = Field("auto", description="`auto`, `cpu`, `cuda`, `cuda:1` or `mps`.")
     torch_threads: PositiveInt | None = Field(

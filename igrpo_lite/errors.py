@@ -37,5 +37,9 @@ class SamplerError(UserError):
     """A sampling engine that cannot be started, cannot hold the adapter, or died."""
 
 
+class UpdateError(UserError):
+    """An update that this machine cannot compute: one completion does not fit, or float16 overflows again and again."""
+
+
 class RunFolderError(UserError):
     """A run folder that belongs to another configuration, cannot be written, or holds no usable checkpoint."""

@@ -12,7 +12,7 @@ from typing import Any
 from igrpo_lite.algorithms.dynamic import Batch, with_signal
 from igrpo_lite.algorithms.rollout import Rollout, RolloutCollector, stage_temperature
 from igrpo_lite.config import RunConfig
-from igrpo_lite.errors import RewardError, RunFolderError, SamplerError
+from igrpo_lite.errors import RewardError, RunFolderError, SamplerError, UpdateError
 from igrpo_lite.evaluation.evaluate import evaluate
 from igrpo_lite.policy.fingerprint import base_fingerprint
 from igrpo_lite.report.screen import EvaluationName, Screen
@@ -30,7 +30,7 @@ from igrpo_lite.training.records import rollout_record, shown_samples
 from igrpo_lite.training.run_folder import Records, RunFolder
 from igrpo_lite.training.schedule import batch_indices, learning_rate, other_indices
 from igrpo_lite.training.state import Progress, Stop
-from igrpo_lite.training.update import PolicyUpdate
+from igrpo_lite.training.update import MAX_OVERFLOWS, PolicyUpdate, UpdateStats
 from igrpo_lite.types import Problem
 
 
@@ -57,6 +57,7 @@ class Trainer:
         self.samples: Records
         self._fatal: str | None = None
         self._failing: set[str] = set()
+        self._update_tokens = self.update.update_tokens
         self._started = self._saved = time.monotonic()
         self._saved_step: int | None = None
         self._resumed_step = 0
@@ -65,7 +66,7 @@ class Trainer:
         """Train until ``max_steps`` or until something asks to stop; everything is saved either way."""
         self._resume()
         try:
-            with self._saved_on(RewardError, SamplerError):
+            with self._saved_on(RewardError, SamplerError, UpdateError):
                 stop = self._steps(interrupt)
             save_adapter(self.parts.policy, self.folder.adapter)
             return self._changed_base() or stop
@@ -136,6 +137,7 @@ class Trainer:
         )
         metrics["time"]["step"] = ended - started
         metrics["time"]["tokens_per_second"] = metrics["tokens/sampled"] / (ended - started)
+        self._tell_of_relief(stats)
         self._report(batch.sampled, metrics)
         self._synchronise()  # the next step samples from the new policy
 
@@ -211,6 +213,22 @@ class Trainer:
             good, bad = shown_samples(rollouts)
             self.screen.sample(good, bad)
 
+    def _tell_of_relief(self, stats: UpdateStats) -> None:
+        tokens = self.update.update_tokens
+        if tokens < self._update_tokens:
+            self.screen.message(
+                f"out of memory in the update: update_tokens is {tokens} from now on, not {self._update_tokens}; the "
+                f"same rollouts were used again; start with --update-tokens {tokens} to save the lost time",
+                "warning",
+            )
+            self._update_tokens = tokens
+        if stats.skipped:
+            self.screen.message(
+                f"float16 overflowed: step {self.progress.step} changed nothing, and the loss scale is halved "
+                f"({self.update.overflows} in a row; {MAX_OVERFLOWS} stop the run)",
+                "warning",
+            )
+
     def _tell_of_failing_rewards(self) -> None:
         # At once: a reward that hangs takes its whole timeout in each call until there are enough to stop the run.
         for name, calls in self.parts.scorer.failures.items():
@@ -246,7 +264,7 @@ class Trainer:
     def _save(self) -> None:
         started = time.perf_counter()
         self.progress.positions = {"metrics": self.metrics.position, "samples": self.samples.position}
-        self.progress.health = self.health.state()
+        self.progress.health, self.progress.update = self.health.state(), self.update.state()
         self.checkpoints.save(self.progress.step, self.parts.policy, self.update.optimizer, self.progress.to_json())
         self._saved, self._saved_step = time.monotonic(), self.progress.step
         self.progress.clock(saving=time.perf_counter() - started)
@@ -274,6 +292,8 @@ class Trainer:
                     f"the weights of {self.config.model} are not those that {self.folder.path} was started with (a new "
                     "revision?); restore them, or use --fresh to start over"
                 )
+            self.update.load_state(self.progress.update)
+            self._update_tokens = self.update.update_tokens
             self.health.load_state(self.progress.health)
             if self.health.dead() is not None:
                 self.health.forgive()

@@ -51,6 +51,8 @@ def step_metrics(batch: Batch, update: UpdateStats, prompts: PromptBuilder) -> d
         "tokens/backbone": update.backbone_tokens,
         "tokens/head": update.head_tokens,
     }
+    if update.skipped:
+        metrics["update_skipped"] = 1
     if update.kl is not None:
         metrics["kl"] = update.kl
     return metrics

@@ -29,6 +29,7 @@ class Progress:
         base: fingerprint of the frozen weights, of type ``dtype``.
         drafted: drafts that the ``ahead`` schedule has sampled for the next step.
         rollouts: completions sampled in all steps.
+        update: state of the update beside the optimizer's: tokens at a time, scale of the loss.
     """
 
     fingerprint: str
@@ -42,6 +43,7 @@ class Progress:
     dtype: str = ""
     drafted: list[dict[str, Any]] = field(default_factory=list)
     rollouts: int = 0
+    update: dict[str, Any] = field(default_factory=dict)
 
     @property
     def best(self) -> dict[str, Any] | None:

@@ -3,8 +3,9 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -14,8 +15,14 @@ from igrpo_lite.algorithms.objectives import Totals, reduce_loss, sampler_weight
 from igrpo_lite.algorithms.rollout import Rollout
 from igrpo_lite.algorithms.selection import entropy_threshold, uncertain_tokens
 from igrpo_lite.config import RunConfig
+from igrpo_lite.errors import UpdateError
 from igrpo_lite.policy.loading import Policy
 from igrpo_lite.policy.logprobs import TokenLogprobs, best_layout, chosen_logprobs
+from igrpo_lite.training.relief import is_out_of_memory, make_room
+
+_FIRST_SCALE = 2.0**12
+MAX_OVERFLOWS = 5
+"""Steps in a row that float16 may lose to overflow before the run stops."""
 
 
 @dataclass(slots=True)
@@ -38,15 +45,17 @@ class UpdateStats:
     """What one update did; token counts are of its first pass.
 
     Attributes:
-        sampler_gap: mean |difference| between the log-probabilities of policy and sampler, over the learning tokens that
-            are learned under the prompt they were sampled for (``own_tokens``).
+        sampler_gap: mean |difference| between the log-probabilities of policy and sampler, over the learning tokens
+            that are learned under the prompt they were sampled for (``own_tokens``).
         advantage: mean |advantage| of the learning tokens.
         place: mean place of the learning tokens in their completions.
         backbone_tokens: through the layers, the pass that measures entropies included.
+        skipped: float16 overflowed, and the step was left out; what could not be measured is ``None``.
+        passes: over the rollouts that ended with an optimizer step.
     """
 
-    loss: float = 0.0
-    grad_norm: float = 0.0
+    loss: float | None = 0.0
+    grad_norm: float | None = 0.0
     entropy: float | None = None
     clip_ratio: float = 0.0
     kl: float | None = None
@@ -58,17 +67,23 @@ class UpdateStats:
     own_tokens: int = 0
     backbone_tokens: int = 0
     head_tokens: int = 0
+    passes: int = 0
+    skipped: bool = False
     _sums: dict[str, float] = field(
         default_factory=lambda: dict.fromkeys(("entropy", "clipped", "kl", "gap", "advantage", "place"), 0.0)
     )
 
     def finish(self, passes: int, beta: float) -> None:
-        """Turn sums into means."""
+        """Turn sums into means over ``passes``, complete or not."""
         tokens = max(1, self.learning_tokens)
         self.entropy, self.sampler_gap = self._sums["entropy"] / tokens, self._sums["gap"] / max(1, self.own_tokens)
         self.advantage, self.place = self._sums["advantage"] / tokens, self._sums["place"] / tokens
         self.clip_ratio = self._sums["clipped"] / (tokens * passes)
         self.kl = self._sums["kl"] / (tokens * passes) if beta else None
+        if self.skipped:
+            for name in ("loss", "grad_norm", "entropy", "kl", "sampler_gap"):
+                value = getattr(self, name)
+                setattr(self, name, value if value is not None and math.isfinite(value) else None)
 
 
 class PolicyUpdate:
@@ -76,6 +91,15 @@ class PolicyUpdate:
 
     Every sequence of the learning groups counts in the normaliser; tokens without a gradient are not run. The draft and
     the question stand in the prompt and never learn.
+
+    When memory is full, ``update_tokens`` is halved and the same rollouts are gone over again: nothing is lost, and the
+    next steps start from the smaller number. Weights in float16 learn with a scaled loss; a step whose gradient
+    overflows is skipped, with the scale halved.
+
+    Attributes:
+        update_tokens: in use now; never more than the configuration's.
+        overflows: steps in a row that were skipped.
+        scaler: of the loss; does nothing unless the weights are float16.
     """
 
     def __init__(self, policy: Policy, config: RunConfig) -> None:
@@ -89,43 +113,104 @@ class PolicyUpdate:
             betas=(config.adam_beta1, config.adam_beta2),
             weight_decay=config.weight_decay,
         )
+        self.update_tokens = config.update_tokens
+        self.overflows = 0
+        half = policy.model.get_base_model().dtype == torch.float16
+        self.scaler = torch.amp.GradScaler(policy.device.type, _FIRST_SCALE, growth_interval=100, enabled=half)
+        self._smallest = False
 
     def step(self, rollouts: Sequence[Rollout], step: int, learning_rate: float) -> UpdateStats:
         """Update the adapter; with nothing to learn from, parameters and optimizer state stay as they are.
 
         Args:
             step: of the run; with the run's seed it fixes which tokens S-GRPO draws.
+
+        Raises:
+            UpdateError: one completion alone does not fit into memory, or float16 overflowed too often in a row. The
+                adapter is as it was before the step.
         """
+        while True:
+            stats = UpdateStats()
+            try:
+                self._step(rollouts, step, learning_rate, stats)
+            except (RuntimeError, MemoryError) as error:
+                if not is_out_of_memory(error):
+                    raise
+            else:
+                return stats
+            self._relieve()
+            if stats.passes:  # what follows of ``num_iterations`` would compare with a policy that is no more
+                stats.finish(stats.passes, self.config.beta)
+                return stats
+
+    def _relieve(self) -> None:
+        self.optimizer.zero_grad(set_to_none=True)
+        make_room(self.policy.device)
+        if self._smallest:
+            raise UpdateError(
+                "out of memory in the update, with a single completion at a time; lower --max-completion-length, set "
+                "--gradient-checkpointing, or choose --tokens s-grpo, which runs only the beginning of completions"
+            )
+        self.update_tokens = max(1, self.update_tokens // 2)
+
+    def _step(self, rollouts: Sequence[Rollout], step: int, learning_rate: float, stats: UpdateStats) -> None:
         # Dropout, where a model has any, must be off: the sampling policy had none. Recomputing activations is the one
         # thing that asks for training mode; loading takes the dropout out for it.
         self.policy.model.train(self.config.gradient_checkpointing)
-        stats = UpdateStats()
         sequences = learning_sequences(rollouts, self.config, step)
         if self.config.tokens == "entropy":
             sequences = self._uncertain(sequences, stats)
         sums = totals(sequences)
         batches = self._micro_batches(teaching(sequences, self.config.beta))
         if not batches:
-            return stats
+            return
         for group in self.optimizer.param_groups:
             group["lr"] = learning_rate
-        passes = 0
         for iteration in range(self.config.num_iterations):
-            passes += 1
             self.optimizer.zero_grad(set_to_none=True)
-            loss = sum(self._backward(batch, sums, stats, iteration) for batch in batches)
+            loss = sum(self._backward(batch, sums, stats) for batch in batches)
+            self.scaler.unscale_(self.optimizer)
             norm = float(torch.nn.utils.clip_grad_norm_(self.parameters, self.config.max_grad_norm))
             if iteration == 0:
                 stats.loss, stats.grad_norm = loss, norm
-            if not math.isfinite(norm):
-                stats.grad_norm = norm  # the parameters stay clean; health reports it and stops the run
+            if not math.isfinite(norm):  # the parameters stay clean
+                stats.grad_norm = norm  # without a scaled loss, health reports it and stops the run
+                stats.skipped = self.scaler.is_enabled()
+                self._overflow()
                 break
-            self.optimizer.step()
+            self.scaler.step(self.optimizer)
+            self.scaler.update()
+            self.overflows = 0
+            stats.passes += 1
         self.optimizer.zero_grad(set_to_none=True)
-        stats.finish(passes, self.config.beta)
-        return stats
+        stats.finish(iteration + 1, self.config.beta)
 
-    def _backward(self, batch: MicroBatch, sums: Totals, stats: UpdateStats, iteration: int) -> float:
+    def _overflow(self) -> None:
+        """Halve the scale of the loss, which may mend a gradient that is not finite."""
+        if not self.scaler.is_enabled():
+            return
+        self.scaler.update()
+        self.overflows += 1
+        if self.overflows >= MAX_OVERFLOWS:
+            self.optimizer.zero_grad(set_to_none=True)
+            raise UpdateError(
+                f"float16 overflowed in {self.overflows} steps in a row, down to a loss scale of "
+                f"{self.scaler.get_scale():g}; use --dtype float32, a GPU that computes in bfloat16 (capability 8.0 "
+                "and up), or another model (Gemma's activations do not fit float16)"
+            )
+
+    def state(self) -> dict[str, Any]:
+        """What a resumed run must know, besides the optimizer: JSON types."""
+        return {"update_tokens": self.update_tokens, "overflows": self.overflows, "scaler": self.scaler.state_dict()}
+
+    def load_state(self, state: Mapping[str, Any]) -> None:
+        """Continue from :meth:`state`. A smaller ``update_tokens`` of the configuration wins."""
+        self.update_tokens = min(self.update_tokens, state.get("update_tokens", self.update_tokens))
+        self.overflows = state.get("overflows", 0)
+        if self.scaler.is_enabled() and state.get("scaler"):
+            self.scaler.load_state_dict(state["scaler"])
+
+    def _backward(self, batch: MicroBatch, sums: Totals, stats: UpdateStats) -> float:
         config, learning = self.config, [sequence.learning for sequence in batch.sequences]
         if config.beta and batch.reference_logprobs is None:
             with torch.no_grad(), self.policy.model.disable_adapter():
@@ -152,7 +237,7 @@ class PolicyUpdate:
         weights = batch.padded([row.weights for row in learning], scored)
         counts = torch.tensor([row.count for row in learning], device=weights.device)
         loss = reduce_loss(token.loss, weights, counts, sums, config)
-        loss.backward()
+        self.scaler.scale(loss).backward()
         stats._sums["clipped"] += float((token.clipped & scored.mask).sum())
         stats._sums["kl"] += float((token.kl.detach() * scored.mask).sum())
         return float(loss.detach())
@@ -163,7 +248,8 @@ class PolicyUpdate:
 
     def _micro_batches(self, sequences: Sequence[LearningSequence]) -> list[MicroBatch]:
         branches = [sequence.branch for sequence in sequences]
-        rows = self.layout.batches(branches, self.config.update_tokens)
+        rows = list(self.layout.batches(branches, self.update_tokens))
+        self._smallest = all(len(batch) == 1 for batch in rows)
         return [MicroBatch([sequences[row] for row in batch]) for batch in rows]
 
     @torch.no_grad()

@@ -1,0 +1,21 @@
+"""Running out of memory in the update: how it is recognised, and how room is made for another try."""
+
+from __future__ import annotations
+
+import gc
+
+import torch
+
+_CPU_ALLOCATOR = "can't allocate memory"  # torch has no class of its own for the CPU's
+
+
+def is_out_of_memory(error: BaseException) -> bool:
+    """Whether an exception of torch says that memory is full, on a GPU or on the CPU."""
+    return isinstance(error, (torch.OutOfMemoryError, MemoryError)) or _CPU_ALLOCATOR in str(error)
+
+
+def make_room(device: torch.device) -> None:
+    """Free what nothing holds any more. Call it outside of the handler: the traceback holds the tensors."""
+    gc.collect()
+    if device.type == "cuda":
+        torch.cuda.empty_cache()

@@ -1,0 +1,157 @@
+"""What the update does when memory is full, and when float16 overflows: nothing is lost, and the user is told."""
+
+from __future__ import annotations
+
+import json
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+import torch
+from tiny_parts import small_config, tiny_parts
+from update_parts import adapter_gradients, assert_same, config_of, restored, rollouts_of, run_update
+
+from igrpo_lite.errors import UpdateError
+from igrpo_lite.training import train
+from igrpo_lite.training.relief import is_out_of_memory
+from igrpo_lite.training.update import MAX_OVERFLOWS, PolicyUpdate
+
+LIMITED = r"""
+import json, resource, sys
+import psutil, torch
+torch.set_num_threads(1)
+from tiny_parts import tiny_parts
+from update_parts import adapter_gradients, config_of
+from igrpo_lite.algorithms.rollout import RolloutCollector
+from igrpo_lite.training.update import PolicyUpdate
+from igrpo_lite.errors import UpdateError
+
+share, tokens = float(sys.argv[1]), int(sys.argv[2])
+config = config_of("grpo", update_tokens=tokens)
+parts = tiny_parts(config)
+rollouts = RolloutCollector(parts.sampler, parts.scorer, parts.prompts, config, 0).collect(parts.train[:32] * 8, 0)
+update, caught = PolicyUpdate(parts.policy, config), []
+update.optimizer.register_step_pre_hook(lambda *_: caught.append(adapter_gradients(parts.policy)))
+update.step(rollouts[:8], 0, 1e-9)  # all that is allocated once is allocated now
+update.update_tokens, before = tokens, psutil.Process().memory_info().vms
+resource.setrlimit(resource.RLIMIT_AS, (before + int(share * 2**20), resource.RLIM_INFINITY))
+try:
+    stats = update.step(rollouts, 1, 1e-9)
+except UpdateError as error:
+    resource.setrlimit(resource.RLIMIT_AS, (resource.RLIM_INFINITY, resource.RLIM_INFINITY))
+    print(json.dumps({"error": str(error), "tokens": update.update_tokens}))
+else:
+    resource.setrlimit(resource.RLIMIT_AS, (resource.RLIM_INFINITY, resource.RLIM_INFINITY))
+    norms = {name: float(g.double().norm()) for name, g in caught[-1].items()}
+    print(json.dumps({"tokens": update.update_tokens, "norms": norms, "sequences": stats.learning_sequences,
+                      "learning": stats.learning_tokens, "steps": len(caught)}))
+parts.scorer.close()
+"""
+
+
+def limited(mib: float, tokens: int) -> dict:
+    """One update in a process that may take ``mib`` MiB more than it has."""
+    done = subprocess.run(
+        [sys.executable, "-c", LIMITED, str(mib), str(tokens)],
+        capture_output=True,
+        text=True,
+        cwd=Path(__file__).parent,
+        check=False,
+    )
+    assert done.returncode == 0, done.stderr[-2000:]
+    return json.loads(done.stdout.splitlines()[-1])
+
+
+@pytest.mark.skipif(sys.platform != "linux", reason="limits of address space are Linux's")
+def test_full_memory_halves_the_tokens_and_keeps_the_rollouts():
+    """The kernel really refuses the memory; what was learned is the same in the end."""
+    free, tight = limited(1 << 16, 1 << 20), limited(256, 1 << 20)
+    assert free["tokens"] == 1 << 20
+    assert tight["tokens"] < free["tokens"]
+    assert (tight["sequences"], tight["learning"], tight["steps"]) == (free["sequences"], free["learning"], 2)
+    largest = max(free["norms"].values())
+    assert all(abs(tight["norms"][name] - norm) < 1e-4 * largest for name, norm in free["norms"].items())
+
+
+def test_what_counts_as_full_memory():
+    assert is_out_of_memory(torch.OutOfMemoryError("CUDA out of memory"))
+    assert not is_out_of_memory(RuntimeError("CUDA error: device-side assert triggered"))
+    with pytest.raises(RuntimeError) as caught:
+        torch.empty(1 << 60, dtype=torch.uint8)
+    assert is_out_of_memory(caught.value)
+
+
+@pytest.fixture(scope="module")
+def full():
+    made = tiny_parts(config_of("igrpo-joint"))
+    yield made
+    made.scorer.close()
+
+
+@pytest.fixture(scope="module")
+def half():
+    made = tiny_parts(config_of("igrpo-joint", dtype="float16"))
+    yield made
+    made.scorer.close()
+
+
+@pytest.fixture(scope="module")
+def collect(full):
+    return rollouts_of(full)
+
+
+def test_float16_learns_what_float32_does(full, half, collect):
+    config = config_of("igrpo", importance_sampling_mode="none", max_grad_norm=1e9)
+    (expected,), _ = run_update(config, full.policy, collect("igrpo"))
+    (found,), stats = run_update(config, half.policy, collect("igrpo"))
+    assert not stats.skipped
+    assert {p.dtype for _, p in half.policy.adapter_parameters()} == {torch.float32}
+    assert half.policy.model.get_base_model().dtype == torch.float16
+    one, other = (torch.cat([g.flatten() for _, g in sorted(grads.items())]) for grads in (expected, found))
+    assert float(torch.nn.functional.cosine_similarity(one, other, dim=0)) > 0.999
+    assert float(other.norm()) == pytest.approx(float(one.norm()), rel=0.02)
+
+
+def test_an_overflow_skips_the_step_and_lowers_the_scale(half, collect):
+    update = PolicyUpdate(half.policy, config_of("igrpo"))
+    update.load_state({"scaler": update.scaler.state_dict() | {"scale": 2.0**30}})
+    before = {name: p.detach().clone() for name, p in half.policy.adapter_parameters()}
+    with restored(half.policy):
+        stats = update.step(collect("igrpo"), 0, 1e-2)
+        assert (stats.skipped, stats.grad_norm, update.overflows) == (True, None, 1)
+        assert all(torch.equal(p, before[name]) for name, p in half.policy.adapter_parameters())
+        assert update.scaler.get_scale() == 2.0**29
+        update.load_state({"overflows": 1, "scaler": update.scaler.state_dict() | {"scale": 2.0**10}})
+        stats = update.step(collect("igrpo"), 1, 1e-2)
+        assert (stats.skipped, update.overflows) == (False, 0)
+        assert any(not torch.equal(p, before[name]) for name, p in half.policy.adapter_parameters())
+
+
+def test_overflow_after_overflow_stops_the_run_with_advice(half, collect):
+    update = PolicyUpdate(half.policy, config_of("igrpo"))
+    update.load_state({"scaler": update.scaler.state_dict() | {"scale": 2.0**60}})
+    with restored(half.policy):
+        for _ in range(MAX_OVERFLOWS - 1):
+            assert update.step(collect("igrpo"), 0, 1e-2).skipped
+        with pytest.raises(UpdateError, match=r"5 steps in a row.*--dtype float32"):
+            update.step(collect("igrpo"), 0, 1e-2)
+    assert not adapter_gradients(half.policy)
+
+
+def test_without_a_scaled_loss_nothing_changes(full, collect):
+    """Scaling by a power of two is exact, so this also says that nothing else happens on the way."""
+    config = config_of("igrpo")
+    (found,), _ = run_update(config, full.policy, collect("igrpo"))
+    assert not PolicyUpdate(full.policy, config).scaler.is_enabled()
+    (again,), _ = run_update(config, full.policy, collect("igrpo"))
+    assert_same(found, again, tolerance=0)
+
+
+def test_a_float16_run_resumes_with_its_scale(tmp_path):
+    config = small_config(dtype="float16", output_dir=str(tmp_path / "run"), max_steps=2, algorithm="grpo")
+    train(config)
+    state = json.loads((tmp_path / "run" / "checkpoints" / "step-000002" / "state.json").read_text())
+    assert state["update"]["scaler"]["scale"] == 2.0**12
+    summary = train(config.model_copy(update={"max_steps": 4}))
+    assert (summary["steps"], summary["stopped"]) == (4, None)
