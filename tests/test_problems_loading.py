@@ -63,7 +63,7 @@ def assert_sound(sets: ProblemSets) -> None:
 def test_gsm8k() -> None:
     sets = load(data=str(real_data("gsm8k_train.jsonl")), eval_data=str(real_data("gsm8k_test.jsonl")))
     assert_sound(sets)
-    assert (len(sets.train), len(sets.held_out)) == (7473, 200)
+    assert (len(sets.train), len(sets.held_out), sets.report.overlap) == (7469, 200, 4)
     first = sets.train[0]
     assert (first.id, first.answer) == ("gsm8k_train/0", "72")
     assert first.question.startswith("Natalia sold clips")
@@ -73,7 +73,7 @@ def test_gsm8k() -> None:
     assert lines[0] == (
         "gsm8k_train.jsonl: 7,473 rows, 7,473 problems; question from column question, answer from column answer"
     )
-    assert lines[-1] == "7,473 training problems; 200 held out (from gsm8k_test.jsonl)"
+    assert lines[-1] == "7,469 training problems; 200 held out (from gsm8k_test.jsonl)"
     assert any(line.endswith("-> 72") for line in lines)
 
 
@@ -184,7 +184,7 @@ def test_held_out_questions_are_taken_out_of_training(tmp_path: Path) -> None:
     assert (len(sets.train), len(sets.held_out), sets.report.overlap) == (20, 5, 10)
     assert any(line.startswith("left out 10 training problems") for line in sets.report.lines())
     whole = write(tmp_path / "c.jsonl", sums(30))
-    assert "every question of it is also in the held-out set" in refused(data=data, eval_data=whole)[0]
+    assert "a.jsonl: every question of it is also in c.jsonl" in refused(data=data, eval_data=whole)[0]
     assert load(data=data, eval_data=data).held_out == load(data=data).held_out
 
 
@@ -248,9 +248,9 @@ def test_one_problem_is_too_few(tmp_path: Path) -> None:
 @pytest.mark.parametrize(
     ("options", "expected"),
     [
-        ({"data": "twostep"}, "data: twostep is no synthetic set (two-step, multiplication, addition), no file"),
+        ({"data": "twostep"}, "data: twostep is no synthetic set (two-step, multiplication, addition), no public set"),
         ({"data": "twostep"}, "did you mean two-step"),
-        ({"data": "gsm8k"}, "did you mean openai/gsm8k"),
+        ({"data": "gsm-8k"}, "did you mean gsm8k"),
         ({"data": "sums"}, "did you mean sums.jsonl"),
         ({"data": ""}, "data: (empty) is no synthetic set"),
         ({"data": "suns.jsonl"}, "data: suns.jsonl: no such file; did you mean sums.jsonl?"),
@@ -306,6 +306,7 @@ def test_nothing_wrong(tmp_path: Path) -> None:
             "--data-config",
         ),
         (ValueError("Unknown split \"dev\". Should be one of ['train']."), "--data-split or --eval-split"),
+        (ValueError("Bad split: dev. Available splits: ['train']"), "--data-split or --eval-split"),
         (RuntimeError("Dataset scripts are no longer supported, but found b.py"), "scripts are no longer supported"),
         (OSError(28, "No space left on device"), "No space left on device"),
     ],
@@ -387,7 +388,7 @@ def test_hub(tmp_path: Path) -> None:
     results = json.loads(done.stdout.splitlines()[-1])
     assert results[0]["problems"] == [
         "openai/gsm8k: not in the local cache, and HF_HUB_OFFLINE forbids the download; "
-        "unset it, or give a local file (JSONL, JSON, CSV, parquet)"
+        "unset it, or give a local file (JSONL, JSON, CSV, parquet) as gsm8k=path"
     ]
     assert [len(part) for part in results[1]["ids"]] == [27, 3]
     assert results[1]["ids"][0][0].startswith("someone/sums/train/")

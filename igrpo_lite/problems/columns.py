@@ -6,7 +6,7 @@ import difflib
 import math
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, TypeGuard
 
 from igrpo_lite.errors import DataError
 from igrpo_lite.problems.files import Row
@@ -16,7 +16,7 @@ JOINED: tuple[tuple[str, str, str], ...] = (("body", "question", " "), ("instruc
 
 QUESTION_NAMES: tuple[str, ...] = (
     *("question", "problem", "prompt", "query", "instruction", "input"),
-    *("question_text", "problem_text", "problem_statement", "question_content"),
+    *("question_text", "problem_text", "problem_statement", "question_content", "messages"),
 )
 """Names that are taken for the question, best first; case does not matter."""
 
@@ -43,11 +43,16 @@ class Columns:
 
 
 def choose_columns(
-    source: str, rows: Sequence[Row], question_column: str | None = None, answer_column: str | None = None
+    source: str,
+    rows: Sequence[Row],
+    question_column: str | None = None,
+    answer_column: str | None = None,
+    answer_needed: bool = True,
 ) -> Columns:
     """The columns to use: those asked for, otherwise found by name among those that are not empty in every row.
 
-    ``question_column`` may join columns with a plus sign (``Body+Question``).
+    ``question_column`` may join columns with a plus sign (``Body+Question``). Where no answer is needed and none found,
+    its column is empty.
 
     Raises:
         DataError: a column asked for does not exist, or none has a name that is known; both findings at once.
@@ -66,15 +71,15 @@ def choose_columns(
         findings.extend(missing)
     if answer_column is None:
         answer = _find_named(ANSWER_NAMES, {name: full for name, full in present.items() if name not in question})
-        if answer is None:
+        if answer is None and answer_needed:
             findings.append(_not_found(source, "answer", present))
     else:
         answer = _exact(answer_column, present)
         if answer is None:
             findings.append(_missing(source, "answer", answer_column, present))
-    if findings or answer is None:
+    if findings:
         raise DataError(findings)
-    return Columns(question, answer, separator)
+    return Columns(question, answer or "", separator)
 
 
 def has_columns(rows: Sequence[Row], column: str | None) -> bool:
@@ -96,6 +101,29 @@ def question_of(values: Mapping[str, Any], columns: Columns) -> str:
     if _broken(question) or _broken(answer_text(values.get(columns.answer)) or ""):
         raise ValueError("half of a surrogate pair (like \\ud83d) in its text, which is no character")
     return question
+
+
+def conversation_of(values: Mapping[str, Any], columns: Columns) -> list[dict[str, str]]:
+    """The messages of a row whose question is a conversation, as far as the last of the user's; otherwise none.
+
+    What follows is left out: it may be the solution.
+    """
+    value = values.get(columns.question[0]) if len(columns.question) == 1 else None
+    turns = value if _is_conversation(value) else []
+    messages = [{"role": str(turn["role"]), "content": _content(turn.get("content")).strip()} for turn in turns]
+    while messages and messages[-1]["role"] != "user":
+        messages.pop()
+    return messages
+
+
+def transcript(messages: Sequence[Mapping[str, str]]) -> str:
+    """Messages as plain text, one after the other: a system message as it is, the others after the speaker's role."""
+    lines = [
+        turn["content"] if turn["role"] == "system" else f"{turn['role'].capitalize()}: {turn['content']}"
+        for turn in messages
+        if turn["content"]
+    ]
+    return "\n\n".join(lines)
 
 
 def answer_text(value: Any) -> str | None:
@@ -191,12 +219,18 @@ def _question_part(name: str, value: Any) -> str:
         return ""
     if isinstance(value, str):
         return value.strip()
-    if isinstance(value, list) and value and all(isinstance(turn, Mapping) and "role" in turn for turn in value):
+    if _is_conversation(value):
         turns = [turn for turn in value if turn["role"] == "user"]
         if not turns:
             raise ValueError(f"column {name} is a conversation without a user message")
         return _content(turns[-1].get("content")).strip()
     raise ValueError(f"column {name} holds {type(value).__name__}, not text or a conversation")
+
+
+def _is_conversation(value: Any) -> TypeGuard[list[Mapping[str, Any]]]:
+    if not isinstance(value, list) or not value:
+        return False
+    return all(isinstance(turn, Mapping) and "role" in turn for turn in value)
 
 
 def _content(content: Any) -> str:

@@ -10,7 +10,7 @@ import csv
 import difflib
 import io
 import json
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Collection, Iterator
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -42,17 +42,20 @@ class Table:
         rows: those that could be read.
         bad: place and reason of each that could not.
         total: rows there are, readable or not.
+        skipped: columns that are not kept, for their size.
     """
 
     name: str
     rows: list[Row] = field(default_factory=list)
     bad: list[str] = field(default_factory=list)
     total: int = 0
+    skipped: Collection[str] = ()
 
     def add(self, where: str, value: Any) -> None:
         """Append a row, or note it as a bad one when it is not an object with columns."""
         if isinstance(value, dict):
-            self.rows.append(Row(self.total, where, value))
+            kept = {name: cell for name, cell in value.items() if name not in self.skipped} if self.skipped else value
+            self.rows.append(Row(self.total, where, kept))
             self.total += 1
         else:
             self.refuse(where, f"the row is {_kind(value)}, not an object with columns")
@@ -63,10 +66,11 @@ class Table:
         self.total += 1
 
 
-def read_file(path: Path, max_bad_rows: int = 0) -> Table:
+def read_file(path: Path, max_bad_rows: int = 0, skipped: Collection[str] = ()) -> Table:
     """All rows of one file.
 
-    Blank lines and a byte order mark are skipped. Rows that cannot be read are left out and listed in ``Table.bad``.
+    Blank lines and a byte order mark are skipped, columns in ``skipped`` not kept. Rows that cannot be read are left
+    out and listed in ``Table.bad``.
 
     Raises:
         DataError: the file is missing, empty, of another kind or unreadable as a whole, or has more than
@@ -75,7 +79,7 @@ def read_file(path: Path, max_bad_rows: int = 0) -> Table:
     findings = file_findings(path)
     if findings:
         raise DataError(findings)
-    table = Table(path.name)
+    table = Table(path.name, skipped=skipped)
     try:
         _READERS[path.suffix.lower()](path, table)
     except OSError as error:
@@ -276,7 +280,8 @@ def _read_parquet(path: Path, table: Table) -> None:
         raise DataError(f"{path}: parquet needs pyarrow: pip install pyarrow") from error
     try:
         with parquet.ParquetFile(path) as file:
-            for batch in file.iter_batches(batch_size=1000):
+            names = [name for name in file.schema_arrow.names if name not in table.skipped]
+            for batch in file.iter_batches(batch_size=1000, columns=names):
                 for values in batch.to_pylist():
                     table.add(f"{path.name}, row {table.total + 1}", values)
     except (pyarrow.ArrowException, ValueError) as error:

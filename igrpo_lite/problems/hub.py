@@ -3,32 +3,29 @@
 from __future__ import annotations
 
 import os
+from collections.abc import Sequence
 
 from igrpo_lite.errors import DataError
 from igrpo_lite.problems.files import Table
-
-PUBLIC_SETS: dict[str, str | None] = {
-    "openai/gsm8k": "main",
-    "madrylab/gsm8k-platinum": "main",
-    "open-r1/DAPO-Math-17k-Processed": "en",
-    "ChilleD/SVAMP": None,
-    "HuggingFaceH4/MATH-500": None,
-    "HuggingFaceH4/aime_2024": None,
-    "DigitalLearningGmbH/MATH-lighteval": None,
-    "nvidia/AceReason-Math": None,
-    "agentica-org/DeepScaleR-Preview-Dataset": None,
-}
-"""Sets that can be suggested when a name is mistyped, with the configuration taken where there are several and none
-is given. Any other hub id works as well."""
+from igrpo_lite.problems.registry import find_id
 
 _EVAL_SPLITS = ("test", "validation")
 
 
-def read_hub(repo: str, config: str | None, split: str | None) -> tuple[Table, str]:
-    """All rows of one split, and the split's name. Without ``split``: ``test``, else ``validation``, else the only one.
+def read_hub(
+    repo: str, config: str | None, split: str | None, stream_rows: int | None = None, skipped: Sequence[str] = ()
+) -> tuple[Table, str]:
+    """The rows of one split, and the split's name. Without ``split``: ``test``, else ``validation``, else the only one.
 
     Images and other binary columns are not decoded. Settings of the hub's own (``HF_HUB_OFFLINE``, ``HF_TOKEN``,
     ``HF_HOME``) are respected.
+
+    Args:
+        repo: hub id, or a local folder in the hub's layout.
+        config: configuration, where there are several.
+        split: split, or one with a range (``train[:1000]``) where rows are not streamed.
+        stream_rows: read only so many rows from the start, without downloading the rest; ``None``: all.
+        skipped: columns that are not read.
 
     Raises:
         DataError: the set, its configuration or its split does not exist, needs access, or cannot be reached.
@@ -37,18 +34,20 @@ def read_hub(repo: str, config: str | None, split: str | None) -> tuple[Table, s
         import datasets
     except ImportError as error:
         raise DataError(f"{repo}: hub data sets need the package datasets: pip install datasets") from error
-    config = config or PUBLIC_SETS.get(repo)
+    table = Table(repo)
     try:
-        loaded = datasets.load_dataset(repo, config, split=split)
+        loaded = datasets.load_dataset(repo, config, split=split, streaming=stream_rows is not None)
+        if split is None:
+            split = _only_split(repo, list(loaded))
+            loaded = loaded[split]
+        rows = loaded if stream_rows is None else loaded.take(stream_rows)
+        for batch in rows.with_format("arrow").iter(1000):
+            for values in batch.drop_columns([name for name in batch.column_names if name in skipped]).to_pylist():
+                table.add(f"{repo} {split}, row {table.total + 1}", values)
+    except DataError:
+        raise
     except Exception as error:  # datasets raises a dozen unrelated types here, bare ValueError and OSError among them
         raise DataError(explain(repo, config, split, error)) from error
-    if split is None:
-        split = _only_split(repo, list(loaded))
-        loaded = loaded[split]
-    table = Table(repo)
-    for batch in loaded.with_format("arrow").iter(1000):
-        for values in batch.to_pylist():
-            table.add(f"{repo} {split}, row {table.total + 1}", values)
     if not table.total:
         raise DataError(f"{repo}: split {split} has no rows")
     return table, split
@@ -73,7 +72,7 @@ def explain(repo: str, config: str | None, split: str | None, error: Exception) 
             f"{repo}: access is gated; accept its terms on https://huggingface.co/datasets/{repo}, "
             "then log in with `hf auth login` or set HF_TOKEN"
         )
-    if "Unknown split" in text:
+    if "Unknown split" in text or "Bad split" in text:
         return f"{repo}: there is no split {split} ({text}); choose with --data-split or --eval-split"
     if "onfig" in text and isinstance(error, ValueError):
         named = f"no configuration {config}" if config else "a configuration is needed"
@@ -84,19 +83,13 @@ def explain(repo: str, config: str | None, split: str | None, error: Exception) 
             "a local file is named with its suffix, such as problems.jsonl"
         )
     unreachable = isinstance(error, ConnectionError | TimeoutError) or "Connect" in kind or "Timeout" in kind
+    entry = find_id(repo)
+    local = "give a local file (JSONL, JSON, CSV, parquet)" + (f" as {entry.name}=path" if entry is not None else "")
     if unreachable and offline:
-        return (
-            f"{repo}: not in the local cache, and HF_HUB_OFFLINE forbids the download; "
-            "unset it, or give a local file (JSONL, JSON, CSV, parquet)"
-        )
+        return f"{repo}: not in the local cache, and HF_HUB_OFFLINE forbids the download; unset it, or {local}"
     if unreachable:
         return (
             f"{repo}: the Hugging Face hub cannot be reached and the set is not in the local cache ({kind}); "
-            "check the network, or give a local file (JSONL, JSON, CSV, parquet)"
+            f"check the network, or {local}"
         )
     return f"{repo}: cannot be loaded from the Hugging Face hub: {kind}: {text[:300]}"
-
-
-def suggestions() -> dict[str, str]:
-    """Short lower-case names of :data:`PUBLIC_SETS` with their ids, for hints after a mistyped name."""
-    return {repo.partition("/")[2].lower(): repo for repo in PUBLIC_SETS}

@@ -2,26 +2,29 @@
 
 from __future__ import annotations
 
-import hashlib
-import unicodedata
-from collections.abc import Callable
+import itertools
+from collections.abc import Sequence
 from dataclasses import dataclass
-from typing import Any, cast
 
-from igrpo_lite.config import DataOptions
+from igrpo_lite.config import DataOptions, ModelOptions, RolloutOptions
 from igrpo_lite.errors import DataError
-from igrpo_lite.problems import synthetic
-from igrpo_lite.problems.columns import Columns, answer_text, choose_columns, has_columns, jsonable, question_of
-from igrpo_lite.problems.files import Row, Table, read_file, refuse_bad_rows
-from igrpo_lite.problems.hub import read_hub
-from igrpo_lite.problems.sources import SYNTHETIC_TRAIN, Source, data_findings, held_out_source, train_source
+from igrpo_lite.problems.answers import ReadAnswer
+from igrpo_lite.problems.decontamination import split_known
+from igrpo_lite.problems.mixture import drawn, drawn_in_order, question_key, shares
+from igrpo_lite.problems.reading import load_questions, load_source
+from igrpo_lite.problems.sources import (
+    Source,
+    data_findings,
+    decontamination_sources,
+    held_out_sources,
+    train_sources,
+)
 from igrpo_lite.problems.summary import LoadReport, SourceReport
 from igrpo_lite.types import Problem
 
-ReadAnswer = Callable[[str], str | None]
-"""Cuts the gold answer out of an answer column's text; ``None`` or empty when there is none."""
+__all__ = ["ProblemSets", "ReadAnswer", "data_findings", "load_problems", "load_source", "question_key"]
 
-_SHOWN = 3
+_IN_QWEN_MATH = ("math500", "math", "hendrycks-math")
 
 
 @dataclass(frozen=True, slots=True)
@@ -36,8 +39,13 @@ class ProblemSets:
 def load_problems(options: DataOptions, seed: int, read_answer: ReadAnswer) -> ProblemSets:
     """Load the training and the held-out problems.
 
+    In this order: every source is read; held-out problems are drawn, where they have no source of their own; what the
+    held-out set or one of ``decontaminate`` knows is taken out of training; a mixture is cut to its shares and to
+    ``max_problems``.
+
     Held-out problems are the same whatever the seed, the order of the rows and ``max_problems``: a hash of the question
-    chooses them. The seed only draws the ``max_problems`` training problems (of a synthetic set: always the first).
+    chooses them. The seed only draws which training problems are used where not all are (of a synthetic set alone:
+    always the first).
 
     Args:
         options: the data settings.
@@ -50,159 +58,161 @@ def load_problems(options: DataOptions, seed: int, read_answer: ReadAnswer) -> P
     findings = data_findings(options)
     if findings:
         raise DataError(findings)
-    source, other = train_source(options), held_out_source(options)
-    train, train_report = _load_or_findings(source, options, read_answer, findings)
-    held_out: list[Problem] = []
-    held_out_report = None
-    if other is not None:
-        prefix = _held_out_ids(source, other)
-        held_out, held_out_report = _load_or_findings(other, options, read_answer, findings, prefix)
-    if findings or train_report is None:
+    trained, others = train_sources(options), held_out_sources(options)
+    prefixes = _id_prefixes(trained, others)
+    parts, reports = _load(trained, prefixes, options, read_answer, findings)
+    held_parts, held_reports = _load(others, prefixes[len(trained) :], options, read_answer, findings)
+    known = _known(options, findings)
+    if findings:
         raise DataError(findings)
-    report = LoadReport(train_report, held_out_report)
-    if other is None:
-        train, held_out = _hold_out(source, train, options.eval_size)
+    report = LoadReport(reports, held_reports, notes=_notes(options, trained, others))
+    if others:
+        everywhere = _named_questions(held_parts), " and ".join(part.name for part in held_reports)
+        held_out, report.held_out_used = _mixed(others, held_parts, options.eval_size, "held out")
     else:
-        train, report.overlap = _without(train, held_out)
-        if not train:
-            raise DataError(f"{source.name}: every question of it is also in the held-out set {other.name}")
-        held_out = _drawn(held_out, options.eval_size, "held out")
-    if source.kind != "synthetic" and options.max_problems is not None and options.max_problems < len(train):
-        chosen = {problem.id for problem in _drawn(train, options.max_problems, f"train {seed}")}
-        train = [problem for problem in train if problem.id in chosen]
+        parts, held_parts = _hold_out(trained, parts, options.eval_size)
+        everywhere = _named_questions(held_parts), "the problems held out"
+        held_out, report.held_out_used = _joined(held_parts), [len(part) for part in held_parts]
+    # All questions of the held-out source, not only the eval_size used now: a later evaluation may use more of them.
+    # Rows of one file, and problems made by one rule, share phrases without being one another.
+    related = not others or all(source.kind == "synthetic" for source in (*trained, *others))
+    parts = _without_known(parts, *everywhere, 0 if related else options.decontaminate_ngram, report)
+    for questions, name in known:
+        parts = _without_known(parts, questions, name, options.decontaminate_ngram, report)
+    train, report.used = _mixed(trained, parts, options.max_problems, f"train {seed}")
     report.train_size, report.held_out_size = len(train), len(held_out)
-    return ProblemSets(train, held_out, report)
+    return ProblemSets(train, drawn(held_out, len(held_out), "held out"), report)
 
 
-def load_source(
-    source: Source, options: DataOptions, read_answer: ReadAnswer, id_prefix: str | None = None
-) -> tuple[list[Problem], SourceReport]:
-    """All usable problems of one source, each question once, in the order of the rows.
-
-    A column asked for in the settings is used where the source has it; a held-out source with other columns falls back
-    to finding them by name.
-
-    Raises:
-        DataError: it cannot be read, too many rows are bad, the columns are not found, or no row has a gold answer.
-    """
-    if source.kind == "synthetic":
-        return _load_synthetic(source, options)
-    if source.kind == "file":
-        table, prefix, title = read_file(source.path, options.max_bad_rows), source.label, source.path.name
-    else:
-        table, split = read_hub(source.name, source.config, source.split)
-        prefix = title = f"{source.name}/{split}"
-    question, answer = options.question_column, options.answer_column
-    if source != train_source(options):
-        question = question if has_columns(table.rows, question) else None
-        answer = answer if has_columns(table.rows, answer) else None
-    columns = choose_columns(title, table.rows, question, answer)
-    report = SourceReport(title, table.total, 0, columns.question_text, columns.answer)
-    problems = _problems(table, columns, id_prefix or prefix, read_answer, report)
-    refuse_bad_rows(table, options.max_bad_rows)
-    report.bad_rows, report.problems = table.bad, len(problems)
-    if not problems:
-        example = f", for example {report.unparsed_examples[0]}" if report.unparsed_examples else ""
-        raise DataError(
-            f"{title}: no row has a gold answer that can be read in column {columns.answer}{example}; "
-            "choose another column with --answer-column"
-        )
-    return problems, report
-
-
-def _load_or_findings(
-    source: Source, options: DataOptions, read_answer: ReadAnswer, findings: list[str], id_prefix: str | None = None
-) -> tuple[list[Problem], SourceReport | None]:
-    try:
-        return load_source(source, options, read_answer, id_prefix)
-    except DataError as error:
-        findings.extend(error.problems)
-        return [], None
-
-
-def _load_synthetic(source: Source, options: DataOptions) -> tuple[list[Problem], SourceReport]:
-    train = source.split == "train"
-    size = (options.max_problems or SYNTHETIC_TRAIN) if train else options.eval_size
-    # Always seed 0: the content of a set does not depend on the run.
-    problems = synthetic.load(source.name, cast("synthetic.Split", source.split), size, seed=0)
-    report = SourceReport(f"{source.name}/{source.split}", size, size)
-    report.examples = [(problem.question, problem.answer, problem.answer) for problem in problems[:_SHOWN]]
-    return problems, report
-
-
-def _problems(
-    table: Table, columns: Columns, id_prefix: str, read_answer: ReadAnswer, report: SourceReport
-) -> list[Problem]:
-    kept: dict[str, Problem] = {}
-    for row in table.rows:
+def _load(
+    sources: Sequence[Source],
+    prefixes: Sequence[str | None],
+    options: DataOptions,
+    read_answer: ReadAnswer,
+    findings: list[str],
+) -> tuple[list[list[Problem]], list[SourceReport]]:
+    """The problems of each source, a question that several have in the first of them only."""
+    seen: dict[str, Problem] = {}
+    parts, reports = [], []
+    for source, prefix in zip(sources, prefixes, strict=False):
         try:
-            question = question_of(row.values, columns)
-        except ValueError as error:
-            table.bad.append(f"{row.where}: {error}")
+            problems, report = load_source(source, options, read_answer, prefix, seen)
+        except DataError as error:
+            findings.extend(error.problems)
             continue
-        raw = answer_text(row.values.get(columns.answer))
-        answer = read_answer(raw) if raw else None
-        if not answer:
-            report.unparsed += 1
-            if len(report.unparsed_examples) < _SHOWN:
-                report.unparsed_examples.append(f"{row.where} {_excerpt(raw)}")
-            continue
-        key = question_key(question)
-        if key in kept:
-            report.duplicates += 1
-            report.conflicting += kept[key].answer != answer
-            continue
-        kept[key] = Problem(f"{id_prefix}/{row.index}", question, answer, _further(row, columns))
-        if len(report.examples) < _SHOWN:
-            report.examples.append((question, raw or "", answer))
-    return list(kept.values())
+        parts.append(problems)
+        reports.append(report)
+        if not problems:
+            findings.append(f"{report.name}: every question of it is also in the sets before it")
+    return parts, reports
 
 
-def _further(row: Row, columns: Columns) -> dict[str, Any]:
-    return {name: jsonable(value) for name, value in row.values.items() if name not in columns.question}
+def _known(options: DataOptions, findings: list[str]) -> list[tuple[list[tuple[str, str]], str]]:
+    found = []
+    for source in decontamination_sources(options):
+        try:
+            found.append(load_questions(source, options))
+        except DataError as error:
+            findings.extend(error.problems)
+    return found
 
 
-def question_key(question: str) -> str:
-    """The question without differences of case, white space and Unicode form: equal keys are the same question."""
-    return " ".join(unicodedata.normalize("NFC", question).casefold().split())
-
-
-def _drawn(problems: list[Problem], size: int, salt: str) -> list[Problem]:
-    """``size`` of the problems, chosen and ordered by a hash of their question: the order of the rows is no matter."""
-    return sorted(problems, key=lambda problem: _digest(problem, salt))[:size]
-
-
-def _digest(problem: Problem, salt: str) -> bytes:
-    return hashlib.sha256(f"{salt}|{question_key(problem.question)}".encode("utf-8", "surrogatepass")).digest()
-
-
-def _hold_out(source: Source, problems: list[Problem], eval_size: int) -> tuple[list[Problem], list[Problem]]:
-    if len(problems) < 2:
+def _hold_out(
+    sources: Sequence[Source], parts: Sequence[Sequence[Problem]], eval_size: int
+) -> tuple[list[list[Problem]], list[list[Problem]]]:
+    """Each part without its held-out problems, and these: in a mixture by weight, of no part more than a tenth."""
+    wanted = shares([eval_size] * len(parts), _weights(sources) or [len(part) for part in parts], eval_size)
+    most = [max(1, len(part) // 10) if len(part) > 1 else 0 for part in parts]
+    held_out = [
+        drawn(part, min(count, limit), "held out") for part, count, limit in zip(parts, wanted, most, strict=True)
+    ]
+    if not any(held_out):
         raise DataError(
-            f"{source.name}: one problem is too few to train on and to hold out; "
+            f"{sources[0].name}: one problem is too few to train on and to hold out; "
             "add rows, or name held-out problems with --eval-data"
         )
-    held_out = _drawn(problems, min(eval_size, max(1, len(problems) // 10)), "held out")
-    taken = {problem.id for problem in held_out}
-    return [problem for problem in problems if problem.id not in taken], held_out
+    taken = {problem.id for problem in _joined(held_out)}
+    return [[problem for problem in part if problem.id not in taken] for part in parts], held_out
 
 
-def _without(train: list[Problem], held_out: list[Problem]) -> tuple[list[Problem], int]:
-    # All questions of the held-out source, not only the eval_size used now: a later evaluation may use more of them.
-    taken = {question_key(problem.question) for problem in held_out}
-    kept = [problem for problem in train if question_key(problem.question) not in taken]
-    return kept, len(train) - len(kept)
+def _without_known(
+    parts: list[list[Problem]], questions: list[tuple[str, str]], name: str, ngram: int, report: LoadReport
+) -> list[list[Problem]]:
+    """The parts without what a set knows; its account goes into the report."""
+    problems, overlap = split_known(_joined(parts), questions, name, ngram)
+    report.overlaps.append(overlap)
+    kept = {problem.id for problem in problems}
+    left = [[problem for problem in part if problem.id in kept] for part in parts]
+    gone = [source.name for source, part in zip(report.parts, left, strict=True) if not part]
+    if gone:
+        raise DataError(
+            [f"{part}: every question of it is also in {name}, so nothing is left to train on" for part in gone]
+        )
+    return left
 
 
-def _held_out_ids(train: Source, held_out: Source) -> str | None:
-    """A prefix of its own for the held-out ids where two files share a stem; ids must tell all problems apart."""
-    if train.kind == held_out.kind == "file" and train.label == held_out.label:
-        return f"{held_out.label}-held-out"
-    return None
+def _mixed(
+    sources: Sequence[Source], parts: Sequence[Sequence[Problem]], most: int | None, salt: str
+) -> tuple[list[Problem], list[int]]:
+    counts = shares([len(part) for part in parts], _weights(sources), most)
+    chosen = [drawn_in_order(part, count, salt) for part, count in zip(parts, counts, strict=True)]
+    return _joined(chosen), counts
 
 
-def _excerpt(raw: str | None) -> str:
-    if raw is None:
-        return "(empty)"
-    line = " ".join(raw.split())
-    return f"`{line if len(line) <= 80 else '...' + line[-77:]}`"
+def _weights(sources: Sequence[Source]) -> list[float] | None:
+    """The weights of a mixture, 1 where none is given; ``None`` where none is given at all."""
+    if all(source.weight is None for source in sources):
+        return None
+    return [1.0 if source.weight is None else source.weight for source in sources]
+
+
+def _joined(parts: Sequence[Sequence[Problem]]) -> list[Problem]:
+    return [problem for part in parts for problem in part]
+
+
+def _named_questions(parts: Sequence[Sequence[Problem]]) -> list[tuple[str, str]]:
+    return [(problem.id, problem.question) for problem in _joined(parts)]
+
+
+def _id_prefixes(trained: Sequence[Source], others: Sequence[Source]) -> list[str | None]:
+    """What ids begin with where two files share a name: ids must tell all problems apart. ``None``: as usual."""
+    taken: set[str] = set()
+    prefixes: list[str | None] = []
+    for place, source in enumerate((*trained, *others)):
+        if source.kind != "file":
+            prefixes.append(None)
+            continue
+        stem = source.label
+        if stem in taken and place >= len(trained):
+            stem = f"{stem}-held-out"
+        numbered = (f"{stem}-{number}" for number in itertools.count(2))
+        label = next(name for name in itertools.chain([stem], numbered) if name not in taken)
+        taken.add(label)
+        prefixes.append(label)
+    return prefixes
+
+
+def _notes(options: DataOptions, trained: Sequence[Source], others: Sequence[Source]) -> list[str]:
+    """What one should know of the public sets in use, with this model and this length of completions."""
+    notes = [
+        f"{source.entry.name} is a set to evaluate on: a model trained on it can no longer be measured by it"
+        for source in trained
+        if source.entry is not None and source.entry.train is None
+    ]
+    entries = [source.entry for source in (*trained, *others) if source.entry is not None]
+    if isinstance(options, ModelOptions) and "qwen2.5-math" in options.model.lower():
+        tested = {source.entry.name for source in others or trained if source.entry is not None}
+        notes += [
+            f"Qwen2.5-Math knows {name} by heart (arXiv 2507.10532: of more than half of MATH-500's problems it writes "
+            "the last 40 % word for word): a gain there says little; see gsm8k-platinum, aime25, aime26"
+            for name in _IN_QWEN_MATH
+            if name in tested
+        ]
+    if isinstance(options, RolloutOptions) and entries:
+        longest = max(entries, key=lambda entry: entry.max_completion_length)
+        if options.max_completion_length < longest.max_completion_length:
+            notes.append(
+                f"solutions to {longest.name} often take up to {longest.max_completion_length:,} tokens, and "
+                f"max_completion_length is {options.max_completion_length:,}: watch the share of truncated completions"
+            )
+    return notes

@@ -2,7 +2,10 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from dataclasses import dataclass, field
+
+from igrpo_lite.problems.decontamination import Overlap
 
 _QUESTION_SHOWN = 60
 
@@ -22,6 +25,9 @@ class SourceReport:
         duplicates: rows left out because their question had occurred before.
         conflicting: how many of these gave another answer than the first.
         examples: question, raw answer and gold answer of up to three problems.
+        cut: whether only the first rows of a larger set were read.
+        left_out_context: messages before the last of the user's, where they are the same in every row.
+        with_context: problems whose question begins with the messages before.
     """
 
     name: str
@@ -35,6 +41,9 @@ class SourceReport:
     duplicates: int = 0
     conflicting: int = 0
     examples: list[tuple[str, str, str]] = field(default_factory=list)
+    cut: bool = False
+    left_out_context: str = ""
+    with_context: int = 0
 
     def lines(self) -> list[str]:
         """The report in lines for the screen."""
@@ -42,6 +51,15 @@ class SourceReport:
         if self.question_column is not None:
             columns = f"question from column {self.question_column}, answer from column {self.answer_column}"
             lines = [f"{self.name}: {self.rows:,} rows, {self.problems:,} problems; {columns}"]
+        if self.cut:
+            lines.append(f"  only the first {self.rows:,} rows were read (--stream-rows)")
+        if self.left_out_context:
+            lines.append(
+                "  every row begins with the same messages, which are left out; put what the model is to read into "
+                f"--system-prompt: `{_short(self.left_out_context)}`"
+            )
+        if self.with_context:
+            lines.append(f"  {self.with_context:,} questions begin with the messages before the user's last")
         if self.bad_rows:
             shown = "; ".join(self.bad_rows[:3])
             lines.append(f"  left out {len(self.bad_rows):,} unreadable rows: {shown}{_more(len(self.bad_rows), 3)}")
@@ -61,29 +79,62 @@ class LoadReport:
     """What :func:`igrpo_lite.problems.loading.load_problems` did.
 
     Attributes:
-        train: the training source.
-        held_out: the source of the held-out problems; ``None``: rows of the training source.
-        overlap: training problems left out because the held-out source has the same question.
+        parts: the training sources, more than one in a mixture.
+        held_out_parts: the sources of the held-out problems; empty: rows of the training sources.
+        overlaps: training problems left out because a set knows them, per set; the held-out problems first.
+        used: training problems that each part gave in the end.
+        held_out_used: held-out problems that each source, or each part, gave.
+        notes: what one should know of the sets in use.
         train_size: training problems in the end (after ``max_problems``).
         held_out_size: held-out problems in the end.
     """
 
-    train: SourceReport
-    held_out: SourceReport | None = None
-    overlap: int = 0
+    parts: list[SourceReport]
+    held_out_parts: list[SourceReport] = field(default_factory=list)
+    overlaps: list[Overlap] = field(default_factory=list)
+    used: list[int] = field(default_factory=list)
+    held_out_used: list[int] = field(default_factory=list)
+    notes: list[str] = field(default_factory=list)
     train_size: int = 0
     held_out_size: int = 0
 
+    @property
+    def train(self) -> SourceReport:
+        """The training source, the first one in a mixture."""
+        return self.parts[0]
+
+    @property
+    def held_out(self) -> SourceReport | None:
+        """The source of the held-out problems, the first one in a mixture, if they have their own."""
+        return self.held_out_parts[0] if self.held_out_parts else None
+
+    @property
+    def overlap(self) -> int:
+        """Training problems left out because another set has them too."""
+        return sum(overlap.count for overlap in self.overlaps)
+
     def lines(self) -> list[str]:
         """The whole report in lines for the screen."""
-        lines = self.train.lines()
-        if self.held_out is not None:
-            lines += self.held_out.lines()
-        if self.overlap:
-            lines.append(f"left out {self.overlap:,} training problems whose question is in the held-out source")
-        origin = f"from {self.train.name}, not trained on" if self.held_out is None else f"from {self.held_out.name}"
+        lines = [line for part in (*self.parts, *self.held_out_parts) for line in part.lines()]
+        lines += [line for overlap in self.overlaps for line in overlap.lines()]
+        clean = dict.fromkeys(overlap.name for overlap in self.overlaps if overlap.ngram and not overlap.count)
+        lines += [f"no training problem is in {' or '.join(clean)}"] if clean else []
+        lines += self.notes
+        if len(self.parts) > 1:
+            lines.append(f"mixture: {_counts(self.parts, self.used)}")
+        own = self.held_out_parts or self.parts
+        if len(own) > 1:
+            lines.append(f"held out: {_counts(own, self.held_out_used)}")
+        names = " and ".join(part.name for part in own)
+        origin = f"from {names}" if self.held_out_parts else f"from {names}, not trained on"
         lines.append(f"{self.train_size:,} training problems; {self.held_out_size:,} held out ({origin})")
         return lines
+
+
+def _counts(parts: Sequence[SourceReport], used: Sequence[int]) -> str:
+    total = sum(used) or 1
+    shares = [f"{count:,} of {part.name} ({count / total:.0%})" for part, count in zip(parts, used, strict=True)]
+    return ", ".join(shares)
 
 
 def _short(text: str) -> str:

@@ -22,6 +22,7 @@ from filelock import FileLock, Timeout
 
 from igrpo_lite.config import RunConfig
 from igrpo_lite.errors import ConfigError, RunFolderError
+from igrpo_lite.problems.sources import short_name
 from igrpo_lite.settings import RESUMABLE, differences, dump, load_file, resolve
 
 
@@ -182,7 +183,7 @@ class Records:
 
 def default_folder(config: RunConfig) -> str:
     """``runs/<model>-<data>-<algorithm>``, from the last part of model and data names."""
-    parts = [Path(config.model).name, Path(config.data).stem, config.algorithm]
+    parts = [Path(config.model).name, short_name(config.data), config.algorithm]
     return str(Path("runs") / "-".join(parts))
 
 

@@ -1,0 +1,217 @@
+"""From one source to its problems: rows, columns, gold answers; everything left out is counted."""
+
+from __future__ import annotations
+
+from collections.abc import MutableMapping
+from dataclasses import dataclass
+from typing import Any, cast
+
+from igrpo_lite.config import DataOptions
+from igrpo_lite.errors import DataError
+from igrpo_lite.problems import synthetic
+from igrpo_lite.problems.answers import ReadAnswer, read_gold
+from igrpo_lite.problems.columns import (
+    Columns,
+    answer_text,
+    choose_columns,
+    conversation_of,
+    has_columns,
+    jsonable,
+    question_of,
+    transcript,
+)
+from igrpo_lite.problems.files import Row, Table, refuse_bad_rows
+from igrpo_lite.problems.hub import read_hub
+from igrpo_lite.problems.mirrors import read_files
+from igrpo_lite.problems.mixture import question_key
+from igrpo_lite.problems.registry import STREAMED_ROWS, Form
+from igrpo_lite.problems.sources import SYNTHETIC_MOST, SYNTHETIC_TRAIN, Source, train_sources
+from igrpo_lite.problems.summary import SourceReport
+from igrpo_lite.types import Problem
+
+_SHOWN = 3
+
+
+@dataclass(frozen=True, slots=True)
+class _Rows:
+    """Rows of one source, what to call it, what its problems' ids begin with, and whether there may be more rows."""
+
+    table: Table
+    title: str
+    prefix: str
+    cut: bool = False
+
+
+def load_source(
+    source: Source,
+    options: DataOptions,
+    read_answer: ReadAnswer,
+    id_prefix: str | None = None,
+    seen: MutableMapping[str, Problem] | None = None,
+) -> tuple[list[Problem], SourceReport]:
+    """All usable problems of one source, each question once, in the order of the rows.
+
+    A column asked for in the settings is used where the source has it; a held-out source with other columns falls back
+    to finding them by name, and in a mixture the columns of public sets are those that are known.
+
+    Args:
+        source: where from.
+        options: the data settings.
+        read_answer: cuts the gold answer out of an answer column's text.
+        id_prefix: what the problems' ids begin with; ``None``: the source's name and split.
+        seen: problems by :func:`question_key` that other parts of a mixture gave; they count as repeated here, and
+            those of this source are added.
+
+    Raises:
+        DataError: it cannot be read, too many rows are bad, the columns are not found, or no row has a gold answer.
+    """
+    seen = {} if seen is None else seen
+    if source.kind == "synthetic":
+        return _load_synthetic(source, options, seen)
+    rows = _read(source, options)
+    columns, form = _columns(source, options, rows)
+    report = SourceReport(rows.title, rows.table.total, 0, columns.question_text, columns.answer, cut=rows.cut)
+    problems = _problems(rows, columns, form, id_prefix or rows.prefix, read_answer, report, seen)
+    refuse_bad_rows(rows.table, options.max_bad_rows)
+    report.bad_rows, report.problems = rows.table.bad, len(problems)
+    if not problems and not report.duplicates:
+        example = f", for example {report.unparsed_examples[0]}" if report.unparsed_examples else ""
+        raise DataError(
+            f"{rows.title}: no row has a gold answer that can be read in column {columns.answer}{example}; "
+            "choose another column with --answer-column"
+        )
+    return problems, report
+
+
+def load_questions(source: Source, options: DataOptions) -> tuple[list[tuple[str, str]], str]:
+    """Id and question of every row of one source that has a question, with an answer or without; and its title."""
+    if source.kind == "synthetic":
+        problems = synthetic.load(source.name, cast("synthetic.Split", source.split), SYNTHETIC_MOST["test"], seed=0)
+        return [(problem.id, problem.question) for problem in problems], f"{source.name}/{source.split}"
+    rows = _read(source, options)
+    columns = _columns(source, options, rows, answer=False)[0]
+    found = []
+    for row in rows.table.rows:
+        try:
+            found.append((f"{rows.prefix}/{row.index}", question_of(row.values, columns)))
+        except ValueError as error:
+            rows.table.bad.append(f"{row.where}: {error}")
+    refuse_bad_rows(rows.table, options.max_bad_rows)
+    return found, rows.title
+
+
+def _load_synthetic(
+    source: Source, options: DataOptions, seen: MutableMapping[str, Problem]
+) -> tuple[list[Problem], SourceReport]:
+    size = options.eval_size
+    if source.split == "train":
+        size = (options.max_problems if len(train_sources(options)) == 1 else None) or SYNTHETIC_TRAIN
+    # Always seed 0: the content of a set does not depend on the run.
+    drawn = synthetic.load(source.name, cast("synthetic.Split", source.split), size, seed=0)
+    fresh = {key: problem for problem in drawn if (key := question_key(problem.question)) not in seen}
+    seen.update(fresh)
+    problems = list(fresh.values())
+    report = SourceReport(f"{source.name}/{source.split}", size, len(problems), duplicates=size - len(problems))
+    report.examples = [(problem.question, problem.answer, problem.answer) for problem in problems[:_SHOWN]]
+    return problems, report
+
+
+def _read(source: Source, options: DataOptions) -> _Rows:
+    skipped = source.entry.skipped if source.entry is not None else ()
+    if source.kind == "file":
+        files = source.files
+        title = source.path.name if files == [source.path] else f"{source.label} in {source.path.name}"
+        return _Rows(read_files(files, options.max_bad_rows, skipped), title, source.label)
+    most = STREAMED_ROWS if source.known is not None and source.known.large else None
+    if options.stream_rows is not None and source in train_sources(options):
+        most = options.stream_rows
+    table, split = read_hub(source.name, source.config, source.split, most, skipped)
+    name = f"{source.name}/{split}"
+    return _Rows(table, name, name, table.total == most)
+
+
+def _columns(source: Source, options: DataOptions, rows: _Rows, answer: bool = True) -> tuple[Columns, Form | None]:
+    """The columns to use, and the form of the answer's where it is that of a public set."""
+    trained = train_sources(options)
+    asked = {"question": options.question_column, "answer": options.answer_column}
+    table = rows.table.rows
+    if len(trained) > 1 and not source.takes_columns:
+        asked = dict.fromkeys(asked)
+    elif [source] != trained:
+        asked = {role: column if has_columns(table, column) else None for role, column in asked.items()}
+    form = None
+    if source.entry is not None:
+        for column in source.entry.questions if asked["question"] is None else ():
+            if has_columns(table, column):
+                asked["question"] = column
+                break
+        for column, its_form in source.entry.answers if asked["answer"] is None else ():
+            if has_columns(table, column):
+                asked["answer"], form = column, its_form
+                break
+    return choose_columns(rows.title, table, asked["question"], asked["answer"], answer), form
+
+
+def _problems(
+    rows: _Rows,
+    columns: Columns,
+    form: Form | None,
+    id_prefix: str,
+    read_answer: ReadAnswer,
+    report: SourceReport,
+    seen: MutableMapping[str, Problem],
+) -> list[Problem]:
+    problems = []
+    for row, question, messages in _asked(rows.table, columns, report):
+        value = row.values.get(columns.answer)
+        answer = read_gold(value, form, read_answer)
+        if not answer:
+            report.unparsed += 1
+            if len(report.unparsed_examples) < _SHOWN:
+                report.unparsed_examples.append(f"{row.where} {_excerpt(answer_text(value))}")
+            continue
+        key = question_key(question)
+        if key in seen:
+            report.duplicates += 1
+            report.conflicting += seen[key].answer != answer
+            continue
+        seen[key] = Problem(f"{id_prefix}/{row.index}", question, answer, _further(row, columns, messages))
+        problems.append(seen[key])
+        if len(report.examples) < _SHOWN:
+            report.examples.append((question, answer_text(value) or "", answer))
+    return problems
+
+
+def _asked(table: Table, columns: Columns, report: SourceReport) -> list[tuple[Row, str, list[dict[str, str]]]]:
+    """Every row with its question and, if that is one, the conversation it ends.
+
+    What comes before the last user message belongs to the question where it differs between rows; where it is the same
+    in all, it is an instruction or examples, and left out.
+    """
+    found = []
+    for row in table.rows:
+        try:
+            found.append((row, question_of(row.values, columns), conversation_of(row.values, columns)))
+        except ValueError as error:
+            table.bad.append(f"{row.where}: {error}")
+    contexts = [transcript(messages[:-1]) for _, _, messages in found]
+    if len(set(contexts)) <= 1:
+        report.left_out_context = contexts[0] if contexts else ""
+        return found
+    report.with_context = sum(map(bool, contexts))
+    return [
+        (row, f"{context}\n\n{question}" if context else question, messages)
+        for (row, question, messages), context in zip(found, contexts, strict=True)
+    ]
+
+
+def _further(row: Row, columns: Columns, messages: list[dict[str, str]]) -> dict[str, Any]:
+    further = {name: jsonable(value) for name, value in row.values.items() if name not in columns.question}
+    return {"messages": messages, **further} if len(messages) > 1 else further
+
+
+def _excerpt(raw: str | None) -> str:
+    if raw is None:
+        return "(empty)"
+    line = " ".join(raw.split())
+    return f"`{line if len(line) <= 80 else '...' + line[-77:]}`"
