@@ -29,3 +29,6 @@ after which nothing has to be computed. Ours; the paper's own values could not b
 
 LONG_COMPLETION = 600
 """Tokens of ``max_completion_length`` from which the preset ``long`` is the default."""
+
+REWARD_SETTINGS: dict[str, str] = {"judge": "judge_", "soft_overlong": "overlong_", "repetition": "repetition_"}
+"""What the settings of a built-in reward begin with."""

@@ -13,7 +13,7 @@ from typing import Any, get_origin
 from pydantic import ValidationError
 
 from igrpo_lite.config import RunConfig
-from igrpo_lite.defaults import LONG_COMPLETION, MODEL_DEFAULTS, SGRPO_PRESETS
+from igrpo_lite.defaults import LONG_COMPLETION, MODEL_DEFAULTS, REWARD_SETTINGS, SGRPO_PRESETS
 from igrpo_lite.errors import ConfigError
 from igrpo_lite.fields import FIELDS, allowed, choices, hint, is_list, nearest, parts
 from igrpo_lite.recipe_file import dump, load_file
@@ -37,6 +37,13 @@ RESUMABLE: frozenset[str] = frozenset(
         "rebuild_steps",
         "kv_cache_gib",
         "share_weights",
+        "judge_url",
+        "judge_api_key_env",
+        "judge_timeout",
+        "judge_retries",
+        "judge_concurrency",
+        "judge_token_budget",
+        "judge_cache",
         "dtype",  # ``auto`` depends on the device; a run that would go on in another type is refused on its own
     }
 )
@@ -108,6 +115,10 @@ def merge(file: Mapping[str, Any], flags: Mapping[str, Any]) -> dict[str, Any]:
         stale.add("num_generations")
     if flags.get("sgrpo_preset"):
         stale |= {name for preset in SGRPO_PRESETS.values() for name in preset}
+    if "reward_funcs" in flags:
+        named = str(flags["reward_funcs"])
+        unused = tuple(prefix for reward, prefix in REWARD_SETTINGS.items() if reward not in named)
+        stale |= {name for name in FIELDS if unused and name.startswith(unused)}
     if "tokens" in flags:
         stale |= {name for name in FIELDS if name.startswith(tuple(_METHODS.values()))}
     kept = {key: value for key, value in file.items() if str(key).replace("-", "_") not in stale | flags.keys()}

@@ -71,12 +71,14 @@ class Score:
         reason: verdict on the answer: ``correct``, ``wrong``, ``no_answer``, ``unparsed`` or ``truncated``
             (cut off before any answer).
         answer: the answer that was found, as text, if any.
+        extras: what rewards logged of the completion, JSON values by ``REWARD/COLUMN``.
     """
 
     reward: float | None
     parts: Mapping[str, float | None]
     reason: str
     answer: str | None = None
+    extras: Mapping[str, Any] = field(default_factory=dict)
 
 
 @dataclass(frozen=True, slots=True)

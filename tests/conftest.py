@@ -17,7 +17,7 @@ from bad_parts import SMALL
 from reward_parts import Make
 
 from igrpo_lite.cli import main
-from igrpo_lite.config import RewardOptions
+from igrpo_lite.config import RunConfig
 from igrpo_lite.rewards.scorer import Scorer
 
 torch.set_num_threads(1)
@@ -68,7 +68,7 @@ def make(tmp_path: Path) -> Iterator[Make]:
         path = tmp_path / "mine.py"
         path.write_text(textwrap.dedent(source), encoding="utf-8")
         specs = [name if name in ("accuracy", "format") else f"{path}:{name}" for name in names or ("reward",)]
-        options = RewardOptions(reward_funcs=specs, reward_weights=weights, reward_timeout=timeout)
+        options = RunConfig(reward_funcs=specs, reward_weights=weights, reward_timeout=timeout)
         scorers.append(Scorer(options, "boxed"))
         return scorers[-1]
 

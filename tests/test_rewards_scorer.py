@@ -2,12 +2,14 @@
 
 from __future__ import annotations
 
+import re
 from pathlib import Path
+from typing import Any
 
 import pytest
 from reward_parts import PROBLEM, PROMPT, RIGHT, WRONG, Make, completion
 
-from igrpo_lite.config import RewardOptions
+from igrpo_lite.config import RunConfig
 from igrpo_lite.errors import RewardError
 from igrpo_lite.rewards.builtin import format_reward, opens_thinking
 from igrpo_lite.rewards.custom import find_function_error
@@ -61,7 +63,7 @@ def test_format_tags_after_an_opened_thought() -> None:
 
 
 def test_weights_and_reasons() -> None:
-    with Scorer(RewardOptions(), "boxed") as scorer:
+    with Scorer(RunConfig(), "boxed") as scorer:
         assert (scorer.names, scorer.weights) == (("accuracy", "format"), (1.0, 0.1))
         scorer.check(PROBLEM)
         texts = [completion(RIGHT), completion(WRONG), completion("7"), completion("hm"), completion("7", "length")]
@@ -72,17 +74,70 @@ def test_weights_and_reasons() -> None:
 
 
 def test_neither_prompt_nor_draft_is_read() -> None:
-    with Scorer(RewardOptions(), "boxed") as scorer:
+    with Scorer(RunConfig(), "boxed") as scorer:
         (score,) = scorer.score(PROBLEM, Prompt(f"How many?\nDraft:\n{RIGHT}", (1,)), [completion("I agree.")])
     assert (score.reward, score.reason) == (0.0, "no_answer")
 
 
 def test_check_refuses_a_gold_that_cannot_be_verified() -> None:
-    with Scorer(RewardOptions(), "boxed") as scorer, pytest.raises(RewardError, match="answer_column"):
+    with Scorer(RunConfig(), "boxed") as scorer, pytest.raises(RewardError, match="answer_column"):
         scorer.check(Problem("p", "q", ""))
 
 
 # Settings
+
+
+@pytest.mark.parametrize(
+    ("settings", "told"),
+    [
+        ({"judge_url": "http://x/v1"}, "judge_url: belongs to the reward judge, which reward_funcs does not name"),
+        ({"judge_retries": 1, "overlong_buffer": 3, "repetition_ngram": 4}, "retries: .*\noverlong_.*\nrepetition_"),
+        ({"reward_funcs": ["judge"]}, "judge_url: the reward judge needs an endpoint"),
+        ({"reward_funcs": ["soft_overlong"], "overlong_buffer": 800}, "must be at most max_completion_length 768"),
+        ({"reward_funcs": ["cosin"]}, "did you mean cosine"),
+    ],
+)
+def test_settings_that_are_idle_or_do_not_fit(settings: dict[str, Any], told: str) -> None:
+    assert re.search(told, "\n".join(reward_findings(RunConfig(**settings))))
+
+
+@pytest.mark.parametrize(
+    ("settings", "told"),
+    [
+        ({"judge_url": "localhost:8000/v1"}, "must be like http://localhost:8000/v1"),
+        ({"judge_url": "http://[x/v1"}, "is no address"),
+        ({"judge_url": "http://x:port/v1"}, "is no address"),
+        ({"judge_url": "https://me:key@x/v1"}, "must not hold a key"),
+        ({"judge_url": "https://x/v1/chat/completions"}, "up to the version, like https://x/v1"),
+        ({"judge_url": "https://x/v1?a=b"}, "up to the version"),
+        ({"judge_prompt": "none.txt"}, "no such file: none.txt"),
+        ({"judge_prompt": "Grade {completion}"}, "must contain {question}"),
+        ({"judge_prompt": "{question} {completion} {gold}"}, "unknown placeholder {gold}"),
+        ({"judge_prompt": r"{question} {completion} \boxed{}"}, "write a literal brace as {{ or }}"),
+        ({"judge_prompt": "{question} {completion} {"}, "write a literal brace as"),
+        ({"judge_cache": __file__}, "is a file; give a folder"),
+    ],
+)
+def test_settings_of_a_judge_that_cannot_work(settings: dict[str, Any], told: str) -> None:
+    config = RunConfig(**{"reward_funcs": ["judge"], "judge_url": "http://x/v1", **settings})
+    (finding,) = reward_findings(config)
+    assert finding.startswith(next(iter(settings)))
+    assert told in finding
+
+
+def test_settings_of_a_judge_that_are_fine(tmp_path: Path) -> None:
+    prompt = tmp_path / "prompt.txt"
+    prompt.write_text("{question} is answered with {completion}; right would be {answer}, in a {{box}}")
+    for url in ("http://localhost:8000/v1", "https://api.openai.com/v1/", "http://[::1]:11434/v1"):
+        config = RunConfig(
+            reward_funcs=["accuracy", "judge", "soft_overlong", "repetition"],
+            judge_url=url,
+            judge_prompt=str(prompt),
+            judge_cache=str(tmp_path / "new"),
+            overlong_buffer=768,
+            repetition_ngram=5,
+        )
+        assert reward_findings(config) == []
 
 
 def test_findings_come_all_at_once(tmp_path: Path) -> None:
@@ -90,7 +145,7 @@ def test_findings_come_all_at_once(tmp_path: Path) -> None:
     broken.write_text("def f(:\n", encoding="utf-8")
     other.write_text("def length_reward(completions): ...\n", encoding="utf-8")
     specs = ["acuracy", "nowhere.py:f", f"{broken}:f", f"{other}:lenght_reward", f"{other}", "no_such_package.x:f"]
-    findings = reward_findings(RewardOptions(reward_funcs=specs, reward_weights=[0.0, 0.0]))
+    findings = reward_findings(RunConfig(reward_funcs=specs, reward_weights=[0.0, 0.0]))
     expected = [
         "did you mean accuracy",
         "no file nowhere.py",
@@ -104,7 +159,7 @@ def test_findings_come_all_at_once(tmp_path: Path) -> None:
     assert len(findings) == len(expected)
     assert all(part in finding for part, finding in zip(expected, findings, strict=True))
     with pytest.raises(RewardError) as raised:
-        Scorer(RewardOptions(reward_funcs=specs), "boxed")
+        Scorer(RunConfig(reward_funcs=specs), "boxed")
     assert len(raised.value.problems) == 6
 
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+import re
 import subprocess
 import sys
 import textwrap
@@ -267,9 +268,9 @@ def test_it_works_without_a_main_file_and_dies_with_its_parent(tmp_path: Path, k
         import os
         from igrpo_lite.rewards.worker import Worker
         worker = Worker()
-        values = worker.call("mine.py:reward", {"completions": ["a"]}, 1, 10.0).values
+        values = worker.call("mine.py:reward", {"completions": ["a"]}, 1, 10.0).returned.values
         assert values == [2.0], values
-        assert worker.call("mine:reward", {"completions": ["a"]}, 1, 10.0).values == [2.0]
+        assert worker.call("mine:reward", {"completions": ["a"]}, 1, 10.0).returned.values == [2.0]
         print(worker.pid, flush=True)
         os.kill(os.getpid(), 9)
         """
@@ -286,3 +287,14 @@ def test_it_works_without_a_main_file_and_dies_with_its_parent(tmp_path: Path, k
     )
     assert done.stdout.strip().isdigit(), done.stderr
     assert _gone(int(done.stdout))
+
+
+def test_the_functions_of_the_docs_work(make: Make) -> None:
+    page = (Path(__file__).resolve().parents[1] / "docs" / "rewards.md").read_text(encoding="utf-8")
+    (source,) = re.findall(r"```python\n(.*?)```", page, re.DOTALL)
+    scorer = make(source, "brief", "polite")
+    scorer.check(PROBLEM)
+    scores = scorer.score(PROBLEM, PROMPT, [completion("please do"), completion(""), completion("a b c d")])
+    assert [score.parts["brief"] for score in scores] == [0.5, None, 0.25]
+    assert [score.parts["polite"] for score in scores] == [1.0, 0.0, 0.0]
+    assert scorer.take_logged() == {"reward/brief/words": 2.0}

@@ -148,7 +148,7 @@ class RolloutCollector:
         self._deferred: list[Request] = []
         self._scoring: list[_Scoring] = []
         self._polls = 0
-        self._thread = ThreadPoolExecutor(1, "rewards") if scorer.in_worker else None
+        self._thread = ThreadPoolExecutor(scorer.threads, "rewards") if scorer.in_worker else None
         self._done = self._total = 0
 
     def collect(
@@ -178,7 +178,7 @@ class RolloutCollector:
         return [p.rollout() for p in mine]
 
     def close(self) -> None:
-        """End the thread that waits for rewards; one that is still being computed is given up, with its process."""
+        """End the threads that wait for rewards; one that is still being computed is given up, with its process."""
         if self._thread is not None:
             self._thread.shutdown(wait=False, cancel_futures=True)
             for scoring in self._scoring:

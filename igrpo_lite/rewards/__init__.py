@@ -1,4 +1,4 @@
-"""Rewards: the built-in ``accuracy`` and ``format``, and users' own functions in a process that can be killed.
+"""Rewards: built-in ones, a language model as judge, and users' own functions in a process that can be killed.
 
 Names are loaded at first use: the worker process starts through this package and needs none of them.
 """
@@ -11,7 +11,8 @@ from typing import TYPE_CHECKING, Any
 if TYPE_CHECKING:
     from igrpo_lite.rewards.answers import Verdict, find_answer, gold_answer, verdict
     from igrpo_lite.rewards.equality import same_answer
-    from igrpo_lite.rewards.scorer import Scorer, reward_findings
+    from igrpo_lite.rewards.findings import reward_findings
+    from igrpo_lite.rewards.scorer import Scorer
 
 __all__ = ["Scorer", "Verdict", "find_answer", "gold_answer", "reward_findings", "same_answer", "verdict"]
 
@@ -20,7 +21,7 @@ _HOMES = {
     "Verdict": "answers",
     "find_answer": "answers",
     "gold_answer": "answers",
-    "reward_findings": "scorer",
+    "reward_findings": "findings",
     "same_answer": "equality",
     "verdict": "answers",
 }

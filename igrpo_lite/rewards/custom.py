@@ -4,7 +4,8 @@ Two forms are understood. TRL's: ``f(completions, answer, **kwargs)`` gets lists
 a list of as many numbers or ``None`` (as ``GRPOTrainer._calculate_rewards`` has it; completions are plain strings). The
 simple one, known by its first parameter being called ``completion``: ``f(completion, answer)`` gets one entry of each
 and returns one number or ``None``. Both may be ``async``. A function gets those of the offered arguments that its
-signature names, or all with ``**kwargs``.
+signature names, or all with ``**kwargs``; ``log_metric(name, value)`` and ``log_extra(column, values)`` are TRL's too,
+the latter with one value per completion (in the simple form: this completion's value).
 
 Runs inside the worker process too, so nothing but the standard library is imported here.
 """
@@ -16,6 +17,7 @@ import difflib
 import importlib
 import importlib.util
 import inspect
+import json
 import math
 import os
 import re
@@ -47,6 +49,21 @@ class UserFunction:
     takes: frozenset[str] | None
     """Names of its parameters; ``None`` when it takes any (``**kwargs``)."""
     required: tuple[str, ...]
+
+
+@dataclass(frozen=True, slots=True)
+class Returned:
+    """What one call gave.
+
+    Attributes:
+        values: one per completion; ``None`` where the function has no opinion.
+        metrics: what it logged with ``log_metric``, in order.
+        extras: one row of JSON values per completion, of what it logged with ``log_extra``.
+    """
+
+    values: list[float | None]
+    metrics: list[tuple[str, float]]
+    extras: list[dict[str, Any]]
 
 
 def split_spec(spec: str) -> tuple[str, str]:
@@ -196,7 +213,7 @@ def _examine(spec: str, call: Callable[..., Any]) -> UserFunction:
 
 def run_function(
     function: UserFunction, columns: Mapping[str, Sequence[Any]], count: int, wait: Callable[[Any], Any]
-) -> list[float | None]:
+) -> Returned:
     """Calls the function on ``count`` completions and checks what it returns.
 
     Args:
@@ -207,16 +224,22 @@ def run_function(
         RewardError: parameters that the data does not have, a wrong count, or values that are not finite numbers.
     """
     if not function.scalar:
-        result = function.call(**_arguments(function, dict(columns)))
-        return checked_values(function.spec, wait(result) if inspect.isawaitable(result) else result, count)
+        log = _Log(count)
+        result = function.call(**_arguments(function, dict(columns), log))
+        values = checked_values(function.spec, wait(result) if inspect.isawaitable(result) else result, count)
+        return Returned(values, log.metrics, log.rows())
     renamed = {_SINGULAR.get(name, name): column for name, column in columns.items()}
+    logs = [_Log(None) for _ in range(count)]
     results = [
-        function.call(**_arguments(function, {name: column[index] for name, column in renamed.items()}))
-        for index in range(count)
+        function.call(**_arguments(function, {name: column[i] for name, column in renamed.items()}, log))
+        for i, log in enumerate(logs)
     ]
     if any(inspect.isawaitable(result) for result in results):
         results = wait(_gathered(results))
-    return [checked_value(function.spec, value) for value in results]
+    values = [checked_value(function.spec, value) for value in results]
+    return Returned(
+        values, [entry for log in logs for entry in log.metrics], [row for log in logs for row in log.rows()]
+    )
 
 
 async def _gathered(awaitables: Sequence[Any]) -> list[Any]:
@@ -225,12 +248,50 @@ async def _gathered(awaitables: Sequence[Any]) -> list[Any]:
     return list(await asyncio.gather(*awaitables))
 
 
-def _ignore(*_: Any, **__: Any) -> None:
-    """TRL's ``log_extra`` and ``log_metric``: accepted, so that such functions run; nothing is logged."""
+class _Log:
+    """TRL's ``log_metric`` and ``log_extra`` for one call. What it refuses is an error of the function's.
+
+    Args:
+        count: of completions, for each of which a column gets one value; ``None``: for one, whose value comes bare.
+    """
+
+    def __init__(self, count: int | None) -> None:
+        self.count = count
+        self.metrics: list[tuple[str, float]] = []
+        self._columns: dict[str, list[Any]] = {}
+
+    def metric(self, name: str, value: Any) -> None:
+        number = float(value)
+        if not math.isfinite(number):
+            raise ValueError(f"log_metric({name!r}, {number}): expected a finite number")
+        self.metrics.append((str(name), number))
+
+    def extra(self, column: str, values: Any) -> None:
+        if self.count is not None and isinstance(values, (str, bytes, Mapping)):
+            raise TypeError(f"log_extra({column!r}, ...): expected a list of {self.count} values, one per completion")
+        # As in TRL, further calls continue a column.
+        self._columns.setdefault(str(column), []).extend([values] if self.count is None else values)
+
+    def rows(self) -> list[dict[str, Any]]:
+        """One row per completion."""
+        count = 1 if self.count is None else self.count
+        for column, values in self._columns.items():
+            if len(values) != count:
+                raise ValueError(f"log_extra({column!r}, ...) got {len(values)} values for {count} completions")
+        return [{column: _plain(values[i]) for column, values in self._columns.items()} for i in range(count)]
 
 
-def _arguments(function: UserFunction, offered: dict[str, Any]) -> dict[str, Any]:
-    offered = {**offered, "log_extra": _ignore, "log_metric": _ignore}
+def _plain(value: Any) -> Any:
+    """A value as JSON gives it back, or else as text."""
+    value = value.tolist() if hasattr(value, "tolist") else value  # numpy, torch
+    try:
+        return json.loads(json.dumps(value, allow_nan=False))
+    except (TypeError, ValueError, RecursionError):
+        return str(value)
+
+
+def _arguments(function: UserFunction, offered: dict[str, Any], log: _Log) -> dict[str, Any]:
+    offered = {**offered, "log_extra": log.extra, "log_metric": log.metric}
     if missing := [name for name in function.required if name not in offered]:
         names = sorted(set(offered) - {"log_extra", "log_metric"})
         close = difflib.get_close_matches(missing[0], names, n=1)

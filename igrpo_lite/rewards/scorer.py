@@ -6,70 +6,54 @@ TRL's signature has it; the built-in rewards never read an answer from it.
 
 from __future__ import annotations
 
-import difflib
+import math
+import threading
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
-from igrpo_lite.config import RewardOptions
+from igrpo_lite.config import RunConfig
 from igrpo_lite.errors import RewardError
 from igrpo_lite.prompts import AnswerStyle
-from igrpo_lite.rewards.answers import Verdict, verdict
-from igrpo_lite.rewards.builtin import BUILTIN, DEFAULT_WEIGHTS, accuracy, format_reward, opens_thinking
-from igrpo_lite.rewards.custom import find_function_error, in_short, split_spec
-from igrpo_lite.rewards.worker import Outcome, Worker
+from igrpo_lite.rewards.answers import Verdict
+from igrpo_lite.rewards.builtin import (
+    BUILTIN,
+    DEFAULT_WEIGHTS,
+    accuracy,
+    cosine_scaled,
+    format_reward,
+    opens_thinking,
+    random_reward,
+    repetition_penalty,
+    soft_overlong,
+)
+from igrpo_lite.rewards.calls import Calls
+from igrpo_lite.rewards.checker import AnswerChecker
+from igrpo_lite.rewards.custom import in_short, split_spec
+from igrpo_lite.rewards.findings import reward_findings
+from igrpo_lite.rewards.judge import Judge
+from igrpo_lite.rewards.worker import Worker
 from igrpo_lite.types import Completion, Problem, Prompt, Score
 
 MIN_CALLS = 20
 MAX_FAILED_SHARE = 0.05
 """More than this share of failing calls, after :data:`MIN_CALLS` of them, stops the run."""
 
-
-@dataclass(slots=True)
-class Calls:
-    """How the calls of one user's function went."""
-
-    made: int = 0
-    raised: int = 0
-    timed_out: int = 0
-    first: str = ""
-    """The first failure: a traceback, or where the function hung."""
-
-    @property
-    def failed(self) -> int:
-        return self.raised + self.timed_out
+_SHOWN = 1000
+"""Characters of a judge's reply, from its end, that are logged."""
 
 
-def reward_findings(options: RewardOptions) -> list[str]:
-    """Everything that can be seen to be wrong with the reward settings without importing a user's file."""
-    findings: list[str] = []
-    for spec in options.reward_funcs:
-        if ":" in spec:
-            if error := find_function_error(spec):
-                findings.append(error)
-        elif spec not in BUILTIN:
-            findings.append(_unknown(spec))
-    if len(set(options.reward_funcs)) < len(options.reward_funcs):
-        findings.append("reward_funcs: a reward is named twice; name it once and give it more weight in reward_weights")
-    weights = options.reward_weights
-    if weights is not None and len(weights) != len(options.reward_funcs):
-        findings.append(
-            f"reward_weights: {len(weights)} weights for {len(options.reward_funcs)} rewards "
-            f"({', '.join(options.reward_funcs)}); give one for each, in that order"
-        )
-    if weights is not None and not any(weights):
-        findings.append("reward_weights: all are 0, so every completion earns the same; give at least one a weight")
-    return findings
+@dataclass(frozen=True, slots=True)
+class _Batch:
+    """What is scored together. ``extras`` collects what rewards log of each completion; ``strict``: the check before
+    the run, in which nothing may fail."""
 
-
-def _unknown(name: str) -> str:
-    if name.endswith(".py"):
-        return f"reward_funcs: {name} names no function; write it as {name}:function"
-    close = difflib.get_close_matches(name, BUILTIN, n=1, cutoff=0.5)
-    hint = f"did you mean {close[0]}? " if close else ""
-    return (
-        f"reward_funcs: no reward {name!r}; {hint}There are {', '.join(BUILTIN)}, and your own as path/file.py:function"
-    )
+    problem: Problem
+    prompt: Prompt
+    completions: Sequence[Completion]
+    judged: Sequence[Verdict]
+    extras: Sequence[dict[str, Any]]
+    strict: bool = False
 
 
 class Scorer:
@@ -78,28 +62,35 @@ class Scorer:
     Attributes:
         names: one name per reward, as in ``Score.parts``: a user's function goes by its own name where that is unique.
         weights: one weight per reward.
-        failures: how the calls went, by name, for users' functions. A resumed run may put earlier counts in.
+        failures: how the calls went, by name, of users' functions and the judge. A resumed run may put earlier counts
+            in.
 
     Raises:
         RewardError: with all of :func:`reward_findings`.
     """
 
-    def __init__(self, options: RewardOptions, answer_style: AnswerStyle) -> None:
-        if findings := reward_findings(options):
+    def __init__(self, config: RunConfig, answer_style: AnswerStyle) -> None:
+        if findings := reward_findings(config):
             raise RewardError(findings)
-        self._specs = tuple(options.reward_funcs)
+        self._config = config
+        self._specs = tuple(config.reward_funcs)
         self._style: AnswerStyle = answer_style
-        self._timeout = options.reward_timeout
         self.names = _names(self._specs)
         self.weights = (
             tuple(DEFAULT_WEIGHTS.get(name, 1.0) for name in self.names)
-            if options.reward_weights is None
-            else tuple(options.reward_weights)
+            if config.reward_weights is None
+            else tuple(config.reward_weights)
         )
         self.failures: dict[str, Calls] = {
-            name: Calls() for name, spec in zip(self.names, self._specs, strict=True) if spec not in BUILTIN
+            name: Calls()
+            for name, spec in zip(self.names, self._specs, strict=True)
+            if spec == "judge" or spec not in BUILTIN
         }
+        self.checker = AnswerChecker(config.math_verify, config.math_verify_timeout)
         self._worker = Worker()
+        self._judge = Judge(config)
+        self._metrics: dict[str, list[float]] = {}
+        self._lock = threading.Lock()
 
     def __enter__(self) -> Scorer:
         return self
@@ -109,35 +100,44 @@ class Scorer:
 
     @property
     def in_worker(self) -> bool:
-        """Whether a worker process computes some of the rewards, so that scoring is mostly waiting."""
+        """Whether a worker process or an endpoint computes some of the rewards, so that scoring is mostly waiting."""
         return bool(self.failures)
 
+    @property
+    def threads(self) -> int:
+        """Groups that are worth scoring at the same time: a judge answers several, a worker one after the other."""
+        return self._config.judge_concurrency if "judge" in self._specs else 1
+
     def close(self) -> None:
-        """Ends the worker process, if one was started."""
+        """Ends the processes and connections that were started, and gives up what they are doing."""
+        self._judge.close()
         self._worker.close()
+        self.checker.close()
 
     def check(self, problem: Problem) -> None:
         """Sends one row, with a right and a helpless completion, through every reward, before a model loads.
 
         Raises:
             RewardError: with every finding: a gold answer that does not verify against itself, a function that cannot
-                be imported, fails, hangs, or returns something else than one finite number (or ``None``) for each.
+                be imported, fails, hangs, or returns something else than one finite number (or ``None``) for each, a
+                judge that does not answer.
         """
-        texts = (_right_text(problem.answer, self._style), "I do not know.")
+        texts = (right_text(problem.answer, self._style), "I do not know.")
         completions = [Completion(tuple(range(1, 9)), text, (0.0,) * 8, "stop") for text in texts]
+        judged = self._verdicts(problem, completions)
         findings: list[str] = []
-        if "accuracy" in self._specs and verdict(texts[0], problem.answer, False).reason != "correct":
+        if {"accuracy", "cosine"} & set(self._specs) and judged[0].reason != "correct":
             findings.append(
                 f"reward accuracy: the gold answer {problem.answer[:80]!r} of problem {problem.id} cannot be verified, "
                 "not even against itself; choose the column that holds the final answer (answer_column)"
             )
+        batch = _Batch(problem, Prompt(problem.question, ()), completions, judged, [{}, {}], strict=True)
         for name, spec in zip(self.names, self._specs, strict=True):
-            if spec in BUILTIN:
-                continue
             try:
-                self._user_parts(name, spec, problem, Prompt(problem.question, ()), completions, strict=True)
+                self._parts(name, spec, batch)
             except RewardError as error:
                 findings.extend(error.problems)
+        self._metrics.clear()
         if findings:
             raise RewardError(findings)
 
@@ -145,19 +145,28 @@ class Scorer:
         """One score per completion, in order.
 
         Raises:
-            RewardError: a user's function returned something that is no reward, or fails too often. A single failing
-                call only leaves its completions without that part, and is counted in ``failures``.
+            RewardError: a user's function returned something that is no reward, a reward fails too often, or the judge
+                cannot be used any longer. A single failing call only leaves its completions without that part, and is
+                counted in ``failures``.
         """
-        judged = [verdict(completion.text, problem.answer, completion.truncated) for completion in completions]
-        columns = [
-            self._parts(name, spec, problem, prompt, completions, judged)
-            for name, spec in zip(self.names, self._specs, strict=True)
-        ]
+        judged = self._verdicts(problem, completions)
+        batch = _Batch(problem, prompt, completions, judged, [{} for _ in completions])
+        columns = [self._parts(name, spec, batch) for name, spec in zip(self.names, self._specs, strict=True)]
         scores = []
         for index, found in enumerate(judged):
             parts = {name: column[index] for name, column in zip(self.names, columns, strict=True)}
-            scores.append(Score(self._sum(parts), parts, found.reason, found.answer))
+            scores.append(Score(self._sum(parts), parts, found.reason, found.answer, batch.extras[index]))
         return scores
+
+    def take_logged(self) -> dict[str, float]:
+        """Means of what rewards have logged since the last call, by ``reward/NAME/METRIC``."""
+        with self._lock:
+            metrics, self._metrics = self._metrics, {}
+        # fsum: groups may have been scored in any order.
+        return {name: math.fsum(values) / len(values) for name, values in sorted(metrics.items())}
+
+    def _verdicts(self, problem: Problem, completions: Sequence[Completion]) -> list[Verdict]:
+        return self.checker.judge([(item.text, problem.answer, item.truncated) for item in completions])
 
     def _sum(self, parts: Mapping[str, float | None]) -> float | None:
         weighted = [
@@ -165,55 +174,81 @@ class Scorer:
         ]
         return sum(weighted) if weighted else None
 
-    def _parts(
-        self,
-        name: str,
-        spec: str,
-        problem: Problem,
-        prompt: Prompt,
-        completions: Sequence[Completion],
-        judged: Sequence[Verdict],
-    ) -> Sequence[float | None]:
+    def _parts(self, name: str, spec: str, batch: _Batch) -> Sequence[float | None]:
+        completions, config = batch.completions, self._config
         if spec == "accuracy":
-            return [accuracy(found) for found in judged]
+            return [accuracy(found) for found in batch.judged]
         if spec == "format":
-            opened = opens_thinking(prompt.text)
+            opened = opens_thinking(batch.prompt.text)
             return [format_reward(item.text, item.truncated, self._style, opened) for item in completions]
-        return self._user_parts(name, spec, problem, prompt, completions)
+        if spec == "soft_overlong":
+            limit, buffer = config.max_completion_length, config.overlong_buffer
+            return [soft_overlong(len(item.ids), limit, buffer) for item in completions]
+        if spec == "cosine":
+            limit = config.max_completion_length
+            return [
+                cosine_scaled(len(item.ids), limit, found.reason == "correct")
+                for item, found in zip(completions, batch.judged, strict=True)
+            ]
+        if spec == "repetition":
+            return [repetition_penalty(item.text, config.repetition_ngram) for item in completions]
+        if spec == "random":
+            return [random_reward(config.seed, batch.problem.id, item.ids) for item in completions]
+        if spec == "judge":
+            return self._judge_parts(name, batch)
+        return self._user_parts(name, spec, batch)
 
-    def _user_parts(
-        self,
-        name: str,
-        spec: str,
-        problem: Problem,
-        prompt: Prompt,
-        completions: Sequence[Completion],
-        strict: bool = False,
-    ) -> list[float | None]:
-        size = 1 if self._worker.splits(spec) else max(1, len(completions))
+    def _judge_parts(self, name: str, batch: _Batch) -> list[float | None]:
+        texts = [completion.text for completion in batch.completions]
+        judgements = self._judge.grade(batch.problem, texts, self.failures[name], fresh=batch.strict)
+        for judgement, extras in zip(judgements, batch.extras, strict=True):
+            self._log(name, [("cached", float(not judgement.asked)), ("tokens", float(judgement.tokens))])
+            extras[f"{name}/reply"] = judgement.reply[-_SHOWN:]
+            if judgement.asked:
+                self._count(name, name, judgement.error, judgement.timed_out, batch.strict)
+        return [judgement.score for judgement in judgements]
+
+    def _user_parts(self, name: str, spec: str, batch: _Batch) -> list[float | None]:
+        size = 1 if self._worker.splits(spec) else max(1, len(batch.completions))
         values: list[float | None] = []
-        for start in range(0, len(completions), size):
-            batch = completions[start : start + size]
-            outcome = self._worker.call(spec, _columns(problem, prompt, batch), len(batch), self._timeout)
-            self._count(name, spec, outcome, strict)
-            values.extend(outcome.values if outcome.values is not None else [None] * len(batch))
+        for start in range(0, len(batch.completions), size):
+            some = batch.completions[start : start + size]
+            columns = _columns(batch.problem, batch.prompt, some)
+            outcome = self._worker.call(spec, columns, len(some), self._config.reward_timeout)
+            self._count(name, spec, outcome.error, outcome.timed_out, batch.strict)
+            if outcome.returned is None:
+                values.extend([None] * len(some))
+                continue
+            values.extend(outcome.returned.values)
+            self._log(name, outcome.returned.metrics)
+            for extras, row in zip(batch.extras[start:], outcome.returned.extras, strict=False):
+                extras.update({f"{name}/{column}": value for column, value in row.items()})
         return values
 
-    def _count(self, name: str, spec: str, outcome: Outcome, strict: bool) -> None:
+    def _log(self, name: str, metrics: Sequence[tuple[str, float]]) -> None:
+        with self._lock:
+            for metric, value in metrics:
+                self._metrics.setdefault(f"reward/{name}/{metric}", []).append(value)
+
+    def _count(self, name: str, spec: str, error: str | None, timed_out: bool, strict: bool) -> None:
         calls = self.failures[name]
-        calls.made += 1
-        if outcome.error is None:
+        with self._lock:
+            calls.made += 1
+            calls.timed_out += error is not None and timed_out
+            calls.raised += error is not None and not timed_out
+            calls.first = calls.first or error or ""
+        if error is None:
             return
-        calls.timed_out += outcome.timed_out
-        calls.raised += not outcome.timed_out
-        calls.first = calls.first or outcome.error
+        users = spec not in BUILTIN
         if strict:
-            raise RewardError(f"reward {spec} failed on the first row: {_told(outcome.error)}; mend it")
+            raise RewardError(f"reward {spec} failed on the first row: {_told(error)}{'; mend it' if users else ''}")
         if calls.made >= MIN_CALLS and calls.failed > MAX_FAILED_SHARE * calls.made:
-            slow = f" ({calls.timed_out} of them took longer than {self._timeout:g} s)" if calls.timed_out else ""
+            limit = self._config.reward_timeout if users else self._config.judge_timeout
+            slow = f" ({calls.timed_out} of them took longer than {limit:g} s)" if calls.timed_out else ""
+            advice = "mend it, or return None where it has no opinion" if users else "see to its endpoint"
             raise RewardError(
-                f"reward {spec} failed in {calls.failed} of {calls.made} calls{slow}; mend it, or return None where it "
-                f"has no opinion. The first failure: {_told(calls.first)}"
+                f"reward {spec} failed in {calls.failed} of {calls.made} calls{slow}; {advice}. The first failure: "
+                f"{_told(calls.first)}"
             )
 
 
@@ -232,7 +267,8 @@ def _columns(problem: Problem, prompt: Prompt, completions: Sequence[Completion]
     }
 
 
-def _right_text(answer: str, style: AnswerStyle) -> str:
+def right_text(answer: str, style: AnswerStyle) -> str:
+    """A completion that gives ``answer`` in the form that a style asks for."""
     if style == "tags":
         return f"<think>\nThis is how it goes.\n</think>\n<answer>{answer}</answer>"
     return f"This is how it goes.\n\nThe answer is \\boxed{{{answer}}}."

@@ -29,7 +29,7 @@ from pathlib import Path
 from typing import IO, Any
 
 from igrpo_lite.errors import RewardError
-from igrpo_lite.rewards.custom import UserFunction, last_lines, load_function, run_function
+from igrpo_lite.rewards.custom import Returned, UserFunction, last_lines, load_function, run_function
 
 LOAD_SECONDS = 60.0
 """Time for the process to start and a user's file to be imported; the timeout of calls does not include it."""
@@ -50,9 +50,9 @@ _BOOT = (
 
 @dataclass(frozen=True, slots=True)
 class Outcome:
-    """What became of one call: values, or the text of its failure."""
+    """What became of one call: what it gave, or the text of its failure."""
 
-    values: list[float | None] | None
+    returned: Returned | None
     error: str | None = None
     timed_out: bool = False
 
@@ -105,7 +105,7 @@ class Worker:
                 if self._given_up:
                     raise RewardError(f"reward {spec} was given up while it was being computed") from None
                 return Outcome(None, str(ended), ended.timed_out)
-        return Outcome(content) if kind == "values" else Outcome(None, content)
+        return Outcome(content) if kind == "returned" else Outcome(None, content)
 
     def close(self) -> None:
         """Ends the process, at once if another thread is waiting for it; a later call would start a new one."""
@@ -282,7 +282,7 @@ def _answer(frame: bytes, functions: dict[str, UserFunction], runner: asyncio.Ru
             function = functions[spec]
             if kind == "load":
                 return "loaded", function.scalar and not function.concurrent
-            return "values", run_function(function, rest[0], rest[1], wait)
+            return "returned", run_function(function, rest[0], rest[1], wait)
         finally:
             faulthandler.cancel_dump_traceback_later()
     except RewardError as error:

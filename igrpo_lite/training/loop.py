@@ -97,7 +97,9 @@ class Trainer:
         except errors as error:
             self.collector.close()
             if isinstance(error, RewardError):
-                self.progress.reward_failures = {}  # once it is mended, they must not count against it
+                # Once it is mended, failures must not count against it; what a judge has cost stays spent.
+                spent = {name: calls.tokens for name, calls in self.parts.scorer.failures.items() if calls.tokens}
+                self.progress.reward_failures = {name: asdict(Calls(tokens=count)) for name, count in spent.items()}
             with suppress(RunFolderError):
                 self._save()
             raise
@@ -129,6 +131,7 @@ class Trainer:
         metrics["learning_rate"] = rate
         metrics |= {f"engine/{name}": count - before[name] for name, count in self._engine().items()}
         metrics["memory"] = memory(self.parts.policy.device)
+        metrics |= self.parts.scorer.take_logged()
         metrics["reward_failures"] = sum(calls.failed for calls in failures.values())
         metrics["time"] = self.progress.clock(
             rollout=sampled - started - self.collector.reward_seconds,
@@ -244,7 +247,9 @@ class Trainer:
         """Held-out accuracy; the adapter with the best single pass so far is kept in ``best``."""
         self.screen.heartbeat(f"evaluating on {len(self.parts.held_out)} held-out problems")
         limit = self.config.max_completion_length
-        evaluation = evaluate(self.parts.held_out, self.parts.sampler, self.parts.prompts, limit)
+        evaluation = evaluate(
+            self.parts.held_out, self.parts.sampler, self.parts.prompts, limit, self.parts.scorer.checker
+        )
         result = {"step": self.progress.step} | evaluation.result()
         self.folder.write_lines(
             f"evaluations/step-{self.progress.step:06d}.jsonl", [answer.record() for answer in evaluation.answered]

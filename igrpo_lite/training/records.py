@@ -62,7 +62,7 @@ def _completions(group: Group) -> list[dict[str, Any]]:
 
 
 def _completion(completion: Completion, score: Score) -> dict[str, Any]:
-    return {
+    record = {
         "text": completion.text,
         "tokens": len(completion.ids),
         "finish": completion.finish,
@@ -71,6 +71,7 @@ def _completion(completion: Completion, score: Score) -> dict[str, Any]:
         "reason": score.reason,
         "answer": score.answer,
     }
+    return record | {"extras": dict(score.extras)} if score.extras else record
 
 
 def _sample(rollout: Rollout, index: int) -> Sample:

@@ -1,0 +1,88 @@
+"""What can be seen to be wrong with the reward settings before anything runs."""
+
+from __future__ import annotations
+
+import difflib
+import re
+from pathlib import Path
+
+from igrpo_lite.config import RewardOptions, RunConfig
+from igrpo_lite.defaults import REWARD_SETTINGS
+from igrpo_lite.prompts import read_text_or_file
+from igrpo_lite.rewards.builtin import BUILTIN
+from igrpo_lite.rewards.custom import find_function_error
+from igrpo_lite.rewards.endpoint import url_finding
+from igrpo_lite.rewards.judge_cache import cache_folder
+from igrpo_lite.rewards.judge_prompt import judge_prompt_findings
+
+
+def reward_findings(options: RunConfig) -> list[str]:
+    """Everything that can be seen to be wrong with the reward settings without importing a user's file."""
+    findings: list[str] = []
+    for spec in options.reward_funcs:
+        if ":" in spec:
+            if error := find_function_error(spec):
+                findings.append(error)
+        elif spec not in BUILTIN:
+            findings.append(_unknown(spec))
+    if len(set(options.reward_funcs)) < len(options.reward_funcs):
+        findings.append("reward_funcs: a reward is named twice; name it once and give it more weight in reward_weights")
+    weights = options.reward_weights
+    if weights is not None and len(weights) != len(options.reward_funcs):
+        findings.append(
+            f"reward_weights: {len(weights)} weights for {len(options.reward_funcs)} rewards "
+            f"({', '.join(options.reward_funcs)}); give one for each, in that order"
+        )
+    if weights is not None and not any(weights):
+        findings.append("reward_weights: all are 0, so every completion earns the same; give at least one a weight")
+    findings += _judge_findings(options) if "judge" in options.reward_funcs else []
+    findings += _overlong_findings(options) if "soft_overlong" in options.reward_funcs else []
+    return findings + _idle(options)
+
+
+def _unknown(name: str) -> str:
+    if name.endswith(".py"):
+        return f"reward_funcs: {name} names no function; write it as {name}:function"
+    close = difflib.get_close_matches(name, BUILTIN, n=1, cutoff=0.5)
+    hint = f"did you mean {close[0]}? " if close else ""
+    return (
+        f"reward_funcs: no reward {name!r}; {hint}There are {', '.join(BUILTIN)}, and your own as path/file.py:function"
+    )
+
+
+def _overlong_findings(options: RunConfig) -> list[str]:
+    buffer, limit = options.overlong_buffer, options.max_completion_length
+    if buffer is None or buffer <= limit:
+        return []
+    return [f"overlong_buffer: must be at most max_completion_length {limit}, not {buffer}"]
+
+
+def _idle(options: RewardOptions) -> list[str]:
+    """Settings of a reward that is not used: they would change nothing, and nobody would notice."""
+    return [
+        f"{name}: belongs to the reward {reward}, which reward_funcs does not name; add it there or leave {name} out"
+        for reward, prefix in REWARD_SETTINGS.items()
+        for name, field in RewardOptions.model_fields.items()
+        if reward not in options.reward_funcs and name.startswith(prefix) and getattr(options, name) != field.default
+    ]
+
+
+def _judge_findings(options: RewardOptions) -> list[str]:
+    if options.judge_url is None:
+        findings = ["judge_url: the reward judge needs an endpoint, like http://localhost:8000/v1; set --judge-url"]
+    else:
+        finding = url_finding(options.judge_url)
+        findings = [finding] if finding else []
+    prompt = options.judge_prompt
+    if prompt is not None:
+        if re.fullmatch(r"\S+\.(txt|md|prompt)", prompt) and not Path(prompt).is_file():
+            findings.append(f"judge_prompt: no such file: {prompt}")
+        else:
+            try:
+                findings += judge_prompt_findings(read_text_or_file(prompt))
+            except (OSError, UnicodeDecodeError) as error:
+                findings.append(f"judge_prompt: {prompt} cannot be read as UTF-8 text: {error}")
+    folder = cache_folder(options.judge_cache)
+    if folder.exists() and not folder.is_dir():
+        findings.append(f"judge_cache: {folder} is a file; give a folder")
+    return findings
