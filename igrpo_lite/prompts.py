@@ -19,6 +19,9 @@ if TYPE_CHECKING:
 Placement = Literal["plain", "multi-turn"]
 AnswerStyle = Literal["boxed", "tags"]
 
+Shot = tuple[str, str]
+"""A worked example for the prompt: question and answer."""
+
 _DRAFT_CLAUSE = (
     "If the prompt contains a draft, take it as guidance and not as truth: correct its mistakes, fill its gaps, "
     "do not repeat it word for word, and give a strictly better solution."
@@ -98,6 +101,7 @@ class PromptBuilder:
         stage2_template: checked by :func:`template_findings` beforehand.
         placement: how the draft enters stage 2.
         max_draft_length: tokens of a draft shown at most; of a longer one the end is kept (it holds the answer).
+        shots: worked examples that every prompt begins with, as earlier turns of the conversation.
 
     Attributes:
         max_length: tokens of a stage-2 prompt at most; unset: any number.
@@ -111,12 +115,14 @@ class PromptBuilder:
         stage2_template: str,
         placement: Placement = "plain",
         max_draft_length: int | None = None,
+        shots: Sequence[Shot] = (),
     ) -> None:
         self.tokenizer = tokenizer
         self.system_prompt = system_prompt
         self.stage2_template = stage2_template
         self.placement = placement
         self.max_draft_length = max_draft_length
+        self.shots = tuple(shots)
         self.max_length: int | None = None
         self.hide_answer: Callable[[str], str] | None = None
         self.plain_template = not tokenizer.chat_template
@@ -124,7 +130,7 @@ class PromptBuilder:
 
     def first(self, question: str) -> Prompt:
         """The prompt of drafts, of plain GRPO and of evaluation."""
-        return self._encode(self._render([{"role": "user", "content": question}]))
+        return self._ask(question)
 
     def second(self, question: str, first: Prompt, draft_ids: Sequence[int]) -> Prompt:
         """The prompt of refinements, q' = Concat(q, d) of the paper's equation 3.
@@ -141,7 +147,7 @@ class PromptBuilder:
                 draft = draft.replace(control, "")
             draft = self.hide_answer(draft) if self.hide_answer is not None else draft
             content = self.stage2_template.format(question=question, draft=draft.strip())
-            prompt = self._encode(self._render([{"role": "user", "content": content}]))
+            prompt = self._ask(content)
             excess = len(prompt.ids) - (self.max_length or len(prompt.ids))
             if excess <= 0 or not kept:
                 return prompt
@@ -178,6 +184,14 @@ class PromptBuilder:
         ]
         suffix = self._render(messages).rpartition(_MARK)[2]
         return tuple(self.tokenizer.encode(suffix, add_special_tokens=False))
+
+    def _ask(self, content: str) -> Prompt:
+        messages = []
+        for question, answer in self.shots:
+            # The plain template knows no roles: it writes this line at its end, before the completion.
+            answer = f"Solution:\n{answer}" if self.plain_template else answer
+            messages += [{"role": "user", "content": question}, {"role": "assistant", "content": answer}]
+        return self._encode(self._render([*messages, {"role": "user", "content": content}]))
 
     def _accepts_system(self) -> bool:
         try:  # a template may refuse the role (Gemma) or drop it silently

@@ -2,35 +2,34 @@
 
 from __future__ import annotations
 
-import json
 import sys
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any
 
 from cyclopts import Parameter
 
-from igrpo_lite.cli.flags import COMMAND, UNTRAINED, Recipe, checked, settings_flags
+from igrpo_lite.cli.flags import COMMAND, UNTRAINED, Recipe, examined, settings_flags
 from igrpo_lite.config import DataOptions, ModelOptions, PromptOptions
-from igrpo_lite.errors import UserError
+from igrpo_lite.errors import ConfigError
+from igrpo_lite.evaluation.output import output_findings, write_results
 from igrpo_lite.fields import FIELDS
+from igrpo_lite.settings import preflight
 
 if TYPE_CHECKING:
     from igrpo_lite.evaluation.compare import Comparison
-    from igrpo_lite.evaluation.evaluate import Evaluation
-    from igrpo_lite.evaluation.intervals import PairedChange
 
 RUN_CONFIG = "config.yaml"
 """A folder that holds this file is a run's."""
 
-_ROLLOUT = (
-    "temperature",
-    "draft_temperature",
+_OTHERS = (
     "max_completion_length",
     "max_num_seqs",
     "sampler",
     "kv_cache_gib",
     "share_weights",
+    "math_verify",
+    "math_verify_timeout",
     "seed",
     "progress",
 )
@@ -39,9 +38,13 @@ _ROLLOUT = (
 def verb() -> Callable[..., int | None]:
     """The verb with the flags that matter to an evaluation."""
     sections = (ModelOptions, DataOptions, PromptOptions)
-    wanted = {name for section in sections for name in section.model_fields} | set(_ROLLOUT)
+    wanted = {name for section in sections for name in section.model_fields} | set(_OTHERS)
     wanted -= {"model", "lora_r", "lora_alpha", "lora_target_modules", "lora_layers", "max_problems"}
     return settings_flags(evaluate, [name for name in FIELDS if name in wanted])
+
+
+def _own(help: str) -> Parameter:
+    return Parameter(help=help, group=COMMAND)
 
 
 def evaluate(
@@ -49,63 +52,96 @@ def evaluate(
     /,
     *,
     config: Recipe = None,
-    adapter: Annotated[Path | None, Parameter(help="Adapter folder; unset: a run's best.", group=COMMAND)] = None,
-    output: Annotated[Path | None, Parameter(help="JSON file for the results.", group=COMMAND)] = None,
+    adapter: Annotated[Path | None, _own("Adapter folder; unset: a run's best.")] = None,
+    base: Annotated[bool, _own("Measure the model without the adapter too, and the paired change.")] = True,
+    samples: Annotated[int, _own("Completions sampled per problem for avg@k, maj@k and pass@k; 0: greedy only.")] = 0,
+    sample_temperature: Annotated[float, _own("Temperature of these samples (the paper's).")] = 0.6,
+    sample_top_p: Annotated[float, _own("Share of probability that these samples are cut to.")] = 0.95,
+    best_of: Annotated[
+        int, _own("Sampled drafts of which the best by the gold answer is refined (not in the paper); 0: none.")
+    ] = 0,
+    few_shot: Annotated[int, _own("Worked examples in the prompt, from training problems that have them.")] = 0,
+    output: Annotated[
+        Path | None, _own("Folder for the results and every answer; or a .json file for the results alone.")
+    ] = None,
+    show_flips: Annotated[int, _own("Answers to show that flipped, each way.")] = 0,
     **settings: Any,
 ) -> None:
-    """Measure accuracy on held-out problems: one pass from the plain prompt, and refined with an own draft. A run is
-    measured with its own settings, except for the flags given here."""
-    run_folder = Path(run_or_model) if (Path(run_or_model) / RUN_CONFIG).is_file() else None
-    if run_folder:
-        config = config or str(run_folder / RUN_CONFIG)
+    """Measure accuracy on held-out problems: one greedy pass from the plain prompt, and refined with an own draft. A
+    run is measured with its own settings, except for the flags given here."""
+    run = Path(run_or_model) if (Path(run_or_model) / RUN_CONFIG).is_file() else None
+    if run is not None:
+        config = config or str(run / RUN_CONFIG)
+        adapter = adapter or next((run / name for name in ("best", "adapter") if (run / name).is_dir()), None)
     else:
         settings["model"] = run_or_model
-    resolved = checked(config, settings | UNTRAINED)
-    if output is not None and not output.absolute().parent.is_dir():
-        raise UserError(f"--output {output}: there is no folder {output.parent}")  # better now than after the work
+    resolved, findings = examined(config, settings | UNTRAINED)
+    findings += preflight(resolved) + _adapter_findings(adapter, base, show_flips)
+    findings += _sampling_findings(sample_temperature, sample_top_p)
+    counts = {"--samples": samples, "--best-of": best_of, "--few-shot": few_shot, "--show-flips": show_flips}
+    findings += [f"{flag}: must be 0 or more, not {count}" for flag, count in counts.items() if count < 0]
+    findings += output_findings(output) if output is not None else []
+    if findings:
+        raise ConfigError(findings)
     from igrpo_lite.evaluation.compare import compare
+    from igrpo_lite.evaluation.evaluate import Sampling
+    from igrpo_lite.report.evaluation import print_evaluation
+    from igrpo_lite.report.plain import PlainScreen, QuietScreen
 
-    if adapter is None and run_folder is not None:
-        adapter = next((run_folder / name for name in ("best", "adapter") if (run_folder / name).is_dir()), None)
-    comparison = compare(resolved, adapter)
-    for note in comparison.notes:
+    screen = (QuietScreen if resolved.progress == "off" else PlainScreen)(sys.stderr)
+    sampling = Sampling(samples, sample_temperature, sample_top_p, best_of, resolved.seed)
+    comparison = compare(
+        resolved,
+        adapter,
+        sampling,
+        few_shot,
+        base,
+        lambda name, done, total: screen.heartbeat(f"{name}: {done} of {total} completions"),
+    )
+    for note in (*_run_notes(run, adapter, settings), *comparison.notes):
         print(f"note: {note}", file=sys.stderr)
-    print(_table(comparison, adapter))
+    about = {"model": resolved.model, "data": resolved.data, "adapter": adapter and str(adapter)}
+    print_evaluation(about | comparison.to_json(), _shown(comparison, show_flips))
     if output is not None:
-        settings = {"model": resolved.model, "data": resolved.data, "adapter": adapter and str(adapter)}
-        _write(output, settings | comparison.to_json())
+        write_results(output, comparison, about)
 
 
-def _table(comparison: Comparison, adapter: Path | None) -> str:
-    lines = [f"{'':22}{'single pass':>24}{'refined (own draft)':>24}", _row("model", comparison.base)]
-    if comparison.adapted is not None:
-        lines.append(_row("with adapter", comparison.adapted))
-        changes = [comparison.change(refined) for refined in (False, True)]
-        lines.append(f"{'change (paired)':22}" + "".join(f"{_change(change):>24}" for change in changes))
-        lines.append(f"adapter: {adapter}")
-    lines.append(f"n = {len(comparison.base.answered)} held-out problems, greedy; 95 % intervals")
-    return "\n".join(lines)
+def _run_notes(run: Path | None, adapter: Path | None, settings: Mapping[str, Any]) -> list[str]:
+    if run is not None and adapter is None:
+        return [f"{run} holds no adapter yet, so only its base model was measured"]
+    if run is not None and adapter == run / "best" and not {"data", "eval_data", "eval_split"} & settings.keys():
+        return [
+            "this adapter was chosen by its accuracy on these very problems, which flatters it a little; name others "
+            f"with --eval-data or --eval-split, or the last adapter with --adapter {run / 'adapter'}"
+        ]
+    return []
 
 
-def _row(name: str, evaluation: Evaluation) -> str:
-    result = evaluation.result()
-    found = (result[measure] for measure in ("single", "refined"))
-    cells = (f"{_percent(r['accuracy'])} ({_percent(r['low'])}-{_percent(r['high'])})" for r in found)
-    return f"{name:22}" + "".join(f"{cell:>24}" for cell in cells)
+def _adapter_findings(adapter: Path | None, base: bool, show_flips: int) -> list[str]:
+    if adapter is None:
+        found = (
+            [] if base else ["--no-base: there is no adapter, so nothing would be measured; name one with --adapter"]
+        )
+    else:
+        there = (adapter / "adapter_config.json").is_file()
+        found = [] if there else [f"--adapter: {adapter} holds no adapter (no adapter_config.json)"]
+    if show_flips > 0 and (adapter is None or not base):
+        found.append("--show-flips: answers flip from the base to an adapter, so both must be measured")
+    return found
 
 
-def _change(change: PairedChange | None) -> str:
-    if change is None:
-        return "-"
-    return f"{100 * change.difference:+.1f} ({100 * change.low:+.1f} to {100 * change.high:+.1f})"
+def _sampling_findings(temperature: float, top_p: float) -> list[str]:
+    found = []
+    if not temperature > 0:
+        found.append(f"--sample-temperature: must be above 0, not {temperature:g}; a greedy pass is made anyhow")
+    if not 0 < top_p <= 1:
+        found.append(f"--sample-top-p: must be above 0 and at most 1, not {top_p:g}")
+    return found
 
 
-def _percent(share: float) -> str:
-    return f"{100 * share:.1f}"
-
-
-def _write(path: Path, results: dict[str, Any]) -> None:
-    try:
-        path.write_text(json.dumps(results, indent=2) + "\n", encoding="utf-8")
-    except OSError as error:
-        raise UserError(f"--output {path}: {error.strerror or error}") from error
+def _shown(comparison: Comparison, count: int) -> list[tuple[dict[str, Any], dict[str, Any]]]:
+    """Records of the first answers that flipped, so many to right and so many to wrong."""
+    flips = comparison.flips()
+    chosen = [pair for pair in flips if pair[1].single.right][:count]
+    chosen += [pair for pair in flips if pair[0].single.right][:count]
+    return [(base.record(), adapted.record()) for base, adapted in chosen]

@@ -2,70 +2,131 @@
 
 from __future__ import annotations
 
+import re
+from collections.abc import Callable
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
 
 from igrpo_lite.config import RunConfig
 from igrpo_lite.errors import DataError
-from igrpo_lite.evaluation.evaluate import Evaluation, evaluate
+from igrpo_lite.evaluation.evaluate import Answered, Evaluation, Sampling, evaluate
+from igrpo_lite.evaluation.few_shot import worked_examples
 from igrpo_lite.evaluation.intervals import PairedChange, paired_change
 from igrpo_lite.policy.loading import load_policy
 from igrpo_lite.policy.prompting import check_context, fitting, prompt_builder
 from igrpo_lite.problems.loading import load_problems
 from igrpo_lite.rewards.answers import gold_answer
+from igrpo_lite.rewards.checker import AnswerChecker
 from igrpo_lite.sampling.choice import make_sampler
 
 
 @dataclass(frozen=True, slots=True)
 class Comparison:
-    """Evaluations of the model as it came and, where there is an adapter, with it; what to say of the engine used."""
+    """Evaluations of the model as it came and with its adapter, one of them at least.
 
-    base: Evaluation
+    Attributes:
+        shots: worked examples in every prompt.
+        notes: sentences for the user about problems and engine.
+    """
+
+    base: Evaluation | None
     adapted: Evaluation | None
+    shots: int = 0
     notes: tuple[str, ...] = ()
 
-    def change(self, refined: bool = False) -> PairedChange | None:
-        """Paired change of single-pass accuracy, or of refined accuracy."""
-        if self.adapted is None:
-            return None
-        return paired_change(self.base.right(refined), self.adapted.right(refined))
+    @property
+    def evaluations(self) -> dict[str, Evaluation]:
+        """By name, the base first."""
+        return {name: found for name in ("base", "adapted") if (found := getattr(self, name)) is not None}
+
+    def changes(self) -> dict[str, PairedChange]:
+        """Paired change of every measure from base to adapter; nothing where one of them was not measured."""
+        if self.base is None or self.adapted is None:
+            return {}
+        before = self.base.greedy() | self.base.sampled()
+        after = self.adapted.greedy() | self.adapted.sampled()
+        return {name: paired_change(before[name], after[name]) for name in before}
+
+    def flips(self) -> list[tuple[Answered, Answered]]:
+        """Problems whose single pass is right with one of base and adapter only, as (base, adapter)."""
+        if self.base is None or self.adapted is None:
+            return []
+        pairs = zip(self.base.answered, self.adapted.answered, strict=True)
+        return [(base, adapted) for base, adapted in pairs if base.single.right != adapted.single.right]
 
     def to_json(self) -> dict[str, Any]:
-        found: dict[str, Any] = {"base": self.base.result()}
-        if self.adapted is not None:
-            found["adapted"] = self.adapted.result()
-            for name, refined in (("single_change", False), ("refined_change", True)):
-                change = self.change(refined)
-                assert change is not None
-                found[name] = asdict(change)
-        return found
+        first, *_ = self.evaluations.values()
+        found: dict[str, Any] = {"n": len(first.answered), "shots": self.shots, "sampling": asdict(first.sampling)}
+        found |= {name: one.result() | {"seconds": one.seconds} for name, one in self.evaluations.items()}
+        return found | {"change": {name: asdict(change) for name, change in self.changes().items()}}
 
 
-def compare(config: RunConfig, adapter: Path | None) -> Comparison:
-    """Evaluate the model of ``config`` on its held-out problems, and again with ``adapter`` if one is given.
+def compare(
+    config: RunConfig,
+    adapter: Path | None,
+    sampling: Sampling | None = None,
+    shots: int = 0,
+    base: bool = True,
+    on_progress: Callable[[str, int, int], None] = lambda name, done, total: None,
+) -> Comparison:
+    """Evaluate the model of ``config`` on its held-out problems, without and with ``adapter``, in one engine and with
+    the same prompts, limits and random numbers.
+
+    Args:
+        adapter: the adapter's folder; ``None``: only the base is evaluated.
+        sampling: what is sampled beside the greedy passes; unset: nothing.
+        shots: worked examples from the training problems that every prompt begins with.
+        base: whether the base is evaluated beside an adapter.
+        on_progress: called with the name of the evaluation and (finished, expected) completions.
 
     Raises:
-        UserError: no such data, model or adapter, or the problems do not fit the model's context.
+        UserError: no such data, model or adapter, too few worked examples, or the problems do not fit the model's
+            context.
     """
-    problems = load_problems(config, config.seed, gold_answer).held_out
+    sets = load_problems(config, config.seed, gold_answer)
+    examples = worked_examples(sets.train, shots, config.answer_style, config.answer_column) if shots else ()
     prompts = prompt_builder(config)
-    problems, dropped, longest = fitting(problems, prompts, config.max_prompt_length)
+    # Without the examples, so that the problems are the same however many there are.
+    problems, dropped, longest = fitting(sets.held_out, prompts, config.max_prompt_length)
     if longest is None:
         raise DataError(
             f"all {dropped} held-out prompts are longer than max_prompt_length = {config.max_prompt_length} tokens; "
             "raise --max-prompt-length"
         )
+    prompts.shots = examples
     needed = check_context(config, prompts, longest)
     prompts.max_length = needed - config.max_completion_length
     policy = load_policy(config, config.seed, adapter)
     sampler, notes = make_sampler(config, policy, prompts, needed)
-    limit = config.max_completion_length
-    try:
-        adapted = evaluate(problems, sampler, prompts, limit) if adapter is not None else None
-        with policy.model.disable_adapter():
-            sampler.load_adapter()
-            base = evaluate(problems, sampler, prompts, limit)
-    finally:
-        sampler.close()
-    return Comparison(base, adapted, tuple(notes))
+
+    def measured(name: str) -> Evaluation:
+        limit = config.max_completion_length
+        return evaluate(
+            problems, sampler, prompts, limit, checker, sampling, lambda done, total: on_progress(name, done, total)
+        )
+
+    with AnswerChecker(config.math_verify, config.math_verify_timeout) as checker:
+        try:
+            adapted = measured("with adapter") if adapter is not None else None
+            plain = None
+            if base or adapter is None:
+                with policy.model.disable_adapter():
+                    sampler.load_adapter()
+                    plain = measured("base")
+        finally:
+            sampler.close()
+    return Comparison(plain, adapted, shots, (*_data_notes(config, dropped), *notes))
+
+
+def _data_notes(config: RunConfig, dropped: int) -> list[str]:
+    notes = []
+    if dropped:
+        notes.append(f"left out {dropped} held-out problems longer than {config.max_prompt_length} prompt tokens")
+    names = f"{config.eval_data or config.data}".lower()
+    if "qwen2.5-math" in config.model.lower() and re.search(r"math[-_]?500", names):
+        notes.append(
+            "Qwen2.5-Math models can recite parts of MATH-500 (arXiv 2507.10532): neither its accuracy nor a change of "
+            "it means much; use a newer or a synthetic set"
+        )
+    return notes

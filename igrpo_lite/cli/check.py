@@ -1,0 +1,67 @@
+"""``igrpo-lite check``: would this run be able to learn? Before any training."""
+
+from __future__ import annotations
+
+import json
+import sys
+from collections.abc import Callable
+from typing import TYPE_CHECKING, Annotated, Any
+
+from cyclopts import Parameter
+
+from igrpo_lite.cli.flags import COMMAND, Recipe, checked, settings_flags
+from igrpo_lite.errors import ConfigError
+
+if TYPE_CHECKING:
+    from igrpo_lite.evaluation.preflight import Preflight
+
+FAILED = 3
+"""Exit code when something would keep the run from learning."""
+
+
+def verb() -> Callable[..., int | None]:
+    """The verb with a flag for every setting."""
+    return settings_flags(check)
+
+
+def _own(help: str) -> Parameter:
+    return Parameter(help=help, group=COMMAND)
+
+
+def check(
+    *,
+    config: Recipe = None,
+    load_model: Annotated[bool, _own("Also sample from the model; without, nothing heavy is loaded.")] = True,
+    problems: Annotated[int, _own("Training problems that the model is tried on.")] = 16,
+    samples: Annotated[int, _own("Completions sampled of each.")] = 4,
+    as_json: Annotated[bool, Parameter(name="--json", help="Print the result as JSON.", negative=(), group=COMMAND)] = (
+        False
+    ),
+    **settings: Any,
+) -> int:
+    """Look at everything a run depends on: data, gold answers, rewards, prompts and lengths, and some samples of the
+    model. Ends with 3 if something would keep it from learning."""
+    bad = [f"{flag}: must be 1 or more" for flag, n in (("--problems", problems), ("--samples", samples)) if n < 1]
+    if bad:
+        raise ConfigError(bad)
+    resolved = checked(config, settings)
+    from igrpo_lite.evaluation.preflight import preflight
+    from igrpo_lite.report.plain import PlainScreen, QuietScreen
+
+    screen = (QuietScreen if resolved.progress == "off" or as_json else PlainScreen)(sys.stderr)
+    found = preflight(
+        resolved, problems, samples, load_model, lambda done, total: screen.heartbeat(f"{done} of {total} completions")
+    )
+    print(json.dumps(found.to_json(), indent=2)) if as_json else _show(found)
+    return FAILED if found.failed else 0
+
+
+def _show(found: Preflight) -> None:
+    for part in found.parts:
+        print(f"== {part.title} ==")
+        for line in part.lines:
+            print(line)
+        for finding in part.findings:
+            print(f"{finding.level}: {finding.text}")
+        print()
+    print("something would keep this run from learning (errors above)" if found.failed else "nothing stands in the way")

@@ -1,0 +1,334 @@
+"""Before a run: can its rewards be earned at all, do its prompts fit, and would its groups teach anything?
+
+Half of all failed runs have a reward that nothing can earn. Each part looks at one link of the chain, in the order of
+cost; the model comes last.
+"""
+
+from __future__ import annotations
+
+import math
+from collections import Counter
+from collections.abc import Callable, Sequence
+from dataclasses import asdict, dataclass, field
+from statistics import fmean, median, pvariance
+from typing import Any, Literal
+
+from igrpo_lite.algorithms.rollout import learning_stages, stage1_size, stage2_size
+from igrpo_lite.config import RunConfig
+from igrpo_lite.errors import UserError
+from igrpo_lite.evaluation.passrate import PassRate, pass_rates
+from igrpo_lite.policy.loading import load_policy
+from igrpo_lite.policy.prompting import check_context, fitting, prompt_builder
+from igrpo_lite.problems.loading import ProblemSets, load_problems
+from igrpo_lite.prompts import PromptBuilder
+from igrpo_lite.rewards.answers import gold_answer
+from igrpo_lite.rewards.checker import AnswerChecker
+from igrpo_lite.rewards.scorer import Scorer, right_text
+from igrpo_lite.sampling.choice import make_sampler
+from igrpo_lite.types import Completion, Problem, Prompt
+
+MAX_UNVERIFIED = 0.05
+"""Share of gold answers that may fail to verify against themselves before that is an error."""
+
+CLIPPED_WARNING, CLIPPED_ERROR = 0.2, 0.5
+FEW_INFORMATIVE = 0.3
+_SHOWN = 3
+_WRONG = "987654321"
+
+
+@dataclass(frozen=True, slots=True)
+class Finding:
+    """What is wrong and what to do; an ``error`` makes the check fail."""
+
+    level: Literal["error", "warning"]
+    text: str
+
+
+@dataclass(slots=True)
+class Part:
+    """One part of the check: what was seen, in lines and in numbers, and what is wrong with it."""
+
+    title: str
+    lines: list[str] = field(default_factory=list)
+    findings: list[Finding] = field(default_factory=list)
+    numbers: dict[str, Any] = field(default_factory=dict)
+
+    def error(self, text: str) -> None:
+        self.findings.append(Finding("error", text))
+
+    def warning(self, text: str) -> None:
+        self.findings.append(Finding("warning", text))
+
+
+@dataclass(slots=True)
+class Preflight:
+    """All parts that could be looked at; a broken one ends the check."""
+
+    parts: list[Part] = field(default_factory=list)
+
+    @property
+    def failed(self) -> bool:
+        return any(finding.level == "error" for part in self.parts for finding in part.findings)
+
+    def to_json(self) -> dict[str, Any]:
+        return {"failed": self.failed, "parts": [asdict(part) for part in self.parts]}
+
+
+def preflight(
+    config: RunConfig,
+    problems: int = 16,
+    samples: int = 4,
+    with_model: bool = True,
+    on_progress: Callable[[int, int], None] = lambda done, total: None,
+) -> Preflight:
+    """Check what a run of ``config`` would work with.
+
+    Args:
+        problems: training problems that the model is tried on, drawn evenly.
+        samples: completions sampled of each.
+        with_model: load the model and sample.
+        on_progress: called with (finished, expected) completions.
+
+    Raises:
+        UserError: data, rewards, prompts or model cannot be used at all.
+    """
+    found = Preflight()
+    sets = load_problems(config, config.seed, gold_answer)
+    with Scorer(config, config.answer_style) as scorer:
+        found.parts.append(check_data(sets, scorer.checker, config))
+        found.parts.append(check_rewards(sets.train, scorer, config))
+        prompts = prompt_builder(config)
+        part, needed = check_prompts(sets, prompts, config)
+        found.parts.append(part)
+        if with_model and needed is not None and not found.failed:
+            train = fitting(sets.train, prompts, config.max_prompt_length).kept
+            every = max(1, len(train) // problems)
+            found.parts.append(
+                try_model(train[::every][:problems], samples, prompts, needed, scorer, config, on_progress)
+            )
+    return found
+
+
+def check_data(sets: ProblemSets, checker: AnswerChecker, config: RunConfig) -> Part:
+    """What was loaded, and whether each gold answer is recognised when somebody gives just that."""
+    part = Part("problems", sets.report.lines())
+    for name, problems in (("training", sets.train), ("held-out", sets.held_out)):
+        items = [(right_text(p.answer, config.answer_style), p.answer, False) for p in problems]
+        verdicts = checker.judge(items)
+        bad = [(p, v) for p, v in zip(problems, verdicts, strict=True) if v.reason != "correct"]
+        share = len(bad) / len(problems)
+        part.numbers[f"{name}_unverified"] = len(bad)
+        part.lines.append(
+            f"{len(problems) - len(bad):,} of {len(problems):,} {name} gold answers verify against themselves"
+        )
+        if bad:
+            shown = "; ".join(f"{p.id}: {p.answer[:60]!r} ({v.reason})" for p, v in bad[:_SHOWN])
+            text = f"{len(bad):,} {name} gold answers ({share:.1%}) do not verify against themselves: {shown}"
+            if share > MAX_UNVERIFIED:
+                part.error(f"{text}. Choose the column with the final answer (--answer-column)")
+            else:
+                part.warning(f"{text}. No completion can earn accuracy there")
+    return part
+
+
+def check_rewards(problems: Sequence[Problem], scorer: Scorer, config: RunConfig) -> Part:
+    """What the rewards give to the right answer in the right form, to a wrong one in that form, and to no answer."""
+    part = Part("rewards")
+    scorer.check(problems[0])
+    texts = {
+        "right answer": lambda p: right_text(p.answer, config.answer_style),
+        "wrong answer": lambda p: right_text(_WRONG, config.answer_style),
+        "no answer": lambda p: "I do not know.",
+        "empty": lambda p: "",
+    }
+    rewards: dict[str, float] = {}
+    for name, text in texts.items():
+        scores = []
+        for problem in problems[:_SHOWN]:
+            completion = Completion(tuple(range(1, 9)), text(problem), (0.0,) * 8, "stop")
+            scores += scorer.score(problem, Prompt(problem.question, ()), [completion])
+        values = [score.reward for score in scores if score.reward is not None]
+        parts = {n: [value for s in scores if (value := s.parts[n]) is not None] for n in scorer.names}
+        shown = ", ".join(f"{n} {fmean(v):.2f}" if v else f"{n} abstains" for n, v in parts.items())
+        rewards[name] = fmean(values) if values else math.nan
+        part.lines.append(f"{name}: {rewards[name]:.2f} ({shown})")
+    part.numbers["rewards"] = {name: None if math.isnan(value) else value for name, value in rewards.items()}
+    best_other = max((value for name, value in rewards.items() if name != "right answer"), default=math.nan)
+    if not rewards["right answer"] > best_other:
+        part.error(
+            f"a right answer earns {rewards['right answer']:.2f}, no more than something else ({best_other:.2f}): "
+            "nothing draws the model to right answers; mend the rewards or their weights"
+        )
+    return part
+
+
+def check_prompts(sets: ProblemSets, prompts: PromptBuilder, config: RunConfig) -> tuple[Part, int | None]:
+    """Both prompts of the first problem with all special tokens, the lengths of all, and the budget of tokens; also
+    the longest prompt and completion together, ``None`` where nothing fits."""
+    part = Part("prompts")
+    problem = sets.train[0]
+    first = prompts.first(problem.question)
+    draft = prompts.tokenizer.encode("(the chosen draft)", add_special_tokens=False)
+    second = prompts.second(problem.question, first, draft)
+    for name, prompt in (("stage 1", first), ("stage 2", second)):
+        part.lines += [f"{name}, {len(prompt.ids)} tokens:", *(f"  | {line}" for line in prompt.text.splitlines())]
+    lengths = sorted(len(prompts.first(p.question).ids) for p in sets.train)
+    train, held_out = (fitting(problems, prompts, config.max_prompt_length) for problems in (sets.train, sets.held_out))
+    part.numbers |= {"median": median(lengths), "longest": lengths[-1], "dropped": train.dropped + held_out.dropped}
+    part.lines.append(
+        f"prompt tokens: median {median(lengths):g}, 95 % below {lengths[int(0.95 * (len(lengths) - 1))] + 1}, longest "
+        f"{lengths[-1]}; left out above {config.max_prompt_length}: {train.dropped} training, {held_out.dropped} "
+        "held-out problems"
+    )
+    if train.longest is None or held_out.longest is None:
+        part.error(f"every prompt is longer than max_prompt_length = {config.max_prompt_length}; raise it")
+        return part, None
+    if train.dropped > 0.1 * len(sets.train):
+        part.warning(
+            f"{train.dropped / len(sets.train):.0%} of the training problems are too long; raise --max-prompt-length"
+        )
+    try:
+        needed = max(check_context(config, prompts, longest) for longest in (train.longest, held_out.longest))
+    except UserError as error:
+        for problem_text in error.problems:
+            part.error(problem_text)
+        return part, None
+    prompts.max_length = needed - config.max_completion_length
+    part.numbers["needed"] = needed
+    part.lines.append(f"longest prompt, draft and completion together: at most {needed} tokens; they fit the model")
+    return part, needed
+
+
+def try_model(
+    problems: Sequence[Problem],
+    samples: int,
+    prompts: PromptBuilder,
+    needed: int,
+    scorer: Scorer,
+    config: RunConfig,
+    on_progress: Callable[[int, int], None],
+) -> Part:
+    """Sample from the model as it is, and say what its rewards promise for training."""
+    policy = load_policy(config, config.seed)
+    sampler, notes = make_sampler(config, policy, prompts, needed)
+    try:
+        rates = pass_rates(
+            problems,
+            sampler,
+            prompts,
+            samples,
+            config.temperature,
+            config.max_completion_length,
+            config.seed,
+            scorer.score,
+            on_progress,
+        )
+    finally:
+        sampler.close()
+    part = judge_rates(rates, config)
+    part.lines = notes + part.lines
+    return part
+
+
+def judge_rates(rates: Sequence[PassRate], config: RunConfig) -> Part:
+    """What samples from the plain prompt say about a run: pass rate, cut completions, groups that can teach."""
+    part = Part("model")
+    samples = len(rates[0].completions)
+    total = samples * len(rates)
+    right = [round(rate.rate * samples) for rate in rates]
+    share, cut = sum(right) / total, fmean(rate.truncated for rate in rates)
+    reasons = Counter(score.reason for rate in rates for score in rate.scores)
+    group = stage2_size(config) if learning_stages(config.algorithm) == ("stage2",) else stage1_size(config)
+    expected = informative_share(right, samples, group)
+    part.numbers |= {
+        "samples": total,
+        "pass_rate": share,
+        "truncated": cut,
+        "length": fmean(rate.length for rate in rates),
+        "solved": fmean(count > 0 for count in right),
+        "reasons": dict(reasons),
+        "group": group,
+        "informative_expected": expected,
+        "informative_seen": fmean(rate.informative for rate in rates),
+    }
+    part.lines += [
+        f"{len(rates)} problems x {samples} samples at temperature {config.temperature:g}: {share:.0%} right, "
+        f"{part.numbers['solved']:.0%} of the problems solved at least once",
+        f"verdicts: {', '.join(f'{reason} {count}' for reason, count in reasons.most_common())}",
+        f"{part.numbers['length']:.0f} tokens a completion; {cut:.0%} cut at max_completion_length = "
+        f"{config.max_completion_length}",
+        f"groups of {group} in which right and wrong answers are mixed, as far as so few samples tell: {expected:.0%}"
+        + (" (from the plain prompt; a good draft makes them fewer)" if config.algorithm == "igrpo" else ""),
+        *_examples(rates),
+    ]
+    _advise(part, config, share, cut, expected, reasons["no_answer"] / total)
+    return part
+
+
+def informative_share(right: Sequence[int], samples: int, group: int) -> float:
+    """Expected share of groups with both right and wrong answers, from ``right`` of ``samples`` for each problem.
+
+    The pass rates of all problems are taken as one Beta distribution, with mean and variance matched to the counts
+    (the binomial part of the variance taken out). With it, 1 - E[p^G] - E[(1-p)^G] is a quotient of Beta functions.
+    """
+    mean = sum(right) / (samples * len(right))
+    if not 0 < mean < 1:
+        return 0.0
+    spread = pvariance([count / samples for count in right])
+    between = (spread - mean * (1 - mean) / samples) / (1 - 1 / samples) if samples > 1 else 0.0
+    if between <= 0:
+        return 1 - mean**group - (1 - mean) ** group
+    size = max(1e-3, mean * (1 - mean) / between - 1)
+    a, b = mean * size, (1 - mean) * size
+
+    def moment(x: float) -> float:  # E[p^G] of Beta(x, size - x)
+        terms = math.lgamma(x + group) - math.lgamma(x), math.lgamma(a + b) - math.lgamma(a + b + group)
+        return math.exp(sum(terms))
+
+    return max(0.0, 1 - moment(a) - moment(b))
+
+
+def _advise(part: Part, config: RunConfig, share: float, cut: float, expected: float, unanswered: float) -> None:
+    longer = f"raise --max-completion-length (now {config.max_completion_length})"
+    if cut >= CLIPPED_ERROR:
+        part.error(f"{cut:.0%} of the completions are cut before they end, and mostly earn nothing; {longer}")
+    elif cut >= CLIPPED_WARNING:
+        part.warning(f"{cut:.0%} of the completions are cut before they end; {longer}")
+    if share == 0:
+        why = "too hard for this model, another answer form than asked for, or the wrong answer column"
+        why = f"mostly because they are cut off: {longer} first" if cut >= CLIPPED_ERROR else why
+        part.error(f"not one of {part.numbers['samples']} completions is right: {why}; look at the sample above")
+    elif share == 1:
+        part.error("every completion is right: there is nothing left to learn from these problems; take harder ones")
+    elif expected < FEW_INFORMATIVE:
+        what = "hard" if share < 0.5 else "easy"
+        part.warning(
+            f"only {expected:.0%} of the groups would teach anything, most problems are too {what}: keep those that "
+            "the model solves sometimes (igrpo-lite scan), raise --num-generations, or set --dynamic-sampling 2"
+        )
+    if unanswered >= 0.3 and share > 0:
+        part.warning(
+            f"{unanswered:.0%} of the completions give no answer that can be found; see how the model writes it, and "
+            "set --answer-style or --system-prompt to suit"
+        )
+
+
+def _examples(rates: Sequence[PassRate]) -> list[str]:
+    """One right and one wrong completion, if there are such."""
+    lines = []
+    for wanted, name in ((True, "a right one"), (False, "a wrong one")):
+        found = next(
+            (
+                (rate.problem, completion, score)
+                for rate in rates
+                for completion, score in zip(rate.completions, rate.scores, strict=True)
+                if (score.reason == "correct") is wanted
+            ),
+            None,
+        )
+        if found is not None:
+            problem, completion, score = found
+            text = " ".join(completion.text.split())
+            shown = text if len(text) <= 300 else f"{text[:140]} ... {text[-150:]}"
+            lines.append(f"{name} ({score.reason}; gold {problem.answer}): {shown}")
+    return lines

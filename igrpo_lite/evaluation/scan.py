@@ -1,0 +1,143 @@
+"""Scan training problems by difficulty: those that the model always or never solves teach nothing.
+
+What was sampled is kept beside the output as it comes, so a scan that was interrupted goes on where it stopped.
+"""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Callable, Iterator, Mapping
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from igrpo_lite.config import RunConfig
+from igrpo_lite.errors import DataError
+from igrpo_lite.evaluation.passrate import PassRate, pass_rates
+from igrpo_lite.policy.loading import load_policy
+from igrpo_lite.policy.prompting import check_context, fitting, prompt_builder
+from igrpo_lite.problems.loading import load_problems
+from igrpo_lite.prompts import PromptBuilder
+from igrpo_lite.rewards.answers import gold_answer
+from igrpo_lite.rewards.scorer import Scorer
+from igrpo_lite.sampling.base import Sampler
+from igrpo_lite.sampling.choice import make_sampler
+from igrpo_lite.types import Problem
+
+_DECIDING = (
+    *("model", "revision", "load_in_4bit", "seed", "temperature", "max_completion_length"),
+    *("answer_style", "system_prompt"),
+)
+_BATCHES = 4  # batches of the engine between two writes
+
+
+@dataclass(frozen=True, slots=True)
+class Scan:
+    """What a scan found; ``kept``, ``too_hard`` and ``too_easy`` count problems."""
+
+    output: Path
+    rates: Path
+    problems: int
+    kept: int
+    too_hard: int
+    too_easy: int
+    too_long: int
+
+
+def scan(
+    config: RunConfig,
+    output: Path,
+    samples: int = 8,
+    keep: tuple[float, float] = (0.2, 0.8),
+    on_progress: Callable[[int, int], None] = lambda done, total: None,
+) -> Scan:
+    """Sample every training problem and write those whose pass rate lies within ``keep``, ends included, as JSONL.
+
+    Args:
+        output: gets ``id``, ``question``, ``answer``, ``pass_rate`` and the source's other columns of each kept one.
+        samples: completions for each problem, from the plain prompt at the run's temperature.
+        on_progress: called with (scanned, all) problems.
+
+    Raises:
+        UserError: data or model cannot be used, or ``output`` has the beginning of a scan with other settings.
+    """
+    sets = load_problems(config, config.seed, gold_answer)
+    prompts = prompt_builder(config)
+    fit = fitting(sets.train, prompts, config.max_prompt_length)
+    if fit.longest is None:
+        raise DataError(f"every prompt is longer than max_prompt_length = {config.max_prompt_length}; raise it")
+    needed = check_context(config, prompts, fit.longest)
+    rates = output.with_name(f"{output.stem}.rates.jsonl")
+    settings = {name: getattr(config, name) for name in _DECIDING} | {"samples": samples}
+    done = _earlier(rates, settings)
+    left = [problem for problem in fit.kept if problem.id not in done]
+    if left:
+        policy = load_policy(config, config.seed)
+        sampler, _ = make_sampler(config, policy, prompts, needed)
+        try:
+            with Scorer(config, config.answer_style) as scorer, rates.open("a", encoding="utf-8") as file:
+                for found in _sampled(left, config, samples, sampler, prompts, scorer):
+                    file.writelines(json.dumps(_record(rate)) + "\n" for rate in found)
+                    file.flush()
+                    done |= {rate.problem.id: rate.rate for rate in found}
+                    on_progress(len(done), len(fit.kept))
+        finally:
+            sampler.close()
+    low, high = keep
+    kept = [problem for problem in fit.kept if low <= done[problem.id] <= high]
+    lines = [json.dumps(_row(problem, done[problem.id]), ensure_ascii=False) + "\n" for problem in kept]
+    output.write_text("".join(lines), encoding="utf-8")
+    hard, easy = (sum(test(done[p.id]) for p in fit.kept) for test in (lambda r: r < low, lambda r: r > high))
+    return Scan(output, rates, len(fit.kept), len(kept), hard, easy, fit.dropped)
+
+
+def _sampled(
+    problems: list[Problem],
+    config: RunConfig,
+    samples: int,
+    sampler: Sampler,
+    prompts: PromptBuilder,
+    scorer: Scorer,
+) -> Iterator[list[PassRate]]:
+    size = max(1, _BATCHES * config.max_num_seqs // samples)
+    for start in range(0, len(problems), size):
+        yield pass_rates(
+            problems[start : start + size],
+            sampler,
+            prompts,
+            samples,
+            config.temperature,
+            config.max_completion_length,
+            config.seed,
+            scorer.score,
+        )
+
+
+def _earlier(rates: Path, settings: Mapping[str, Any]) -> dict[str, float]:
+    """Pass rates by problem that an interrupted scan left; starts the file where there is none."""
+    if not rates.exists():
+        rates.write_text(json.dumps({"settings": settings}) + "\n", encoding="utf-8")
+        return {}
+    text = rates.read_text(encoding="utf-8")
+    whole = text[: text.rfind("\n") + 1]  # a line that was being written when the scan was killed is sampled again
+    if whole != text:
+        rates.write_text(whole, encoding="utf-8")
+    try:
+        head, *records = [json.loads(line) for line in whole.splitlines()]
+        same = head["settings"] == dict(settings)
+        found = {record["id"]: float(record["pass_rate"]) for record in records}
+    except (ValueError, KeyError, TypeError) as error:
+        raise DataError(f"{rates} is not a scan's record ({error}); move it away, or choose another --output") from None
+    if not same:
+        raise DataError(f"{rates} is of a scan with other settings; delete it, or choose another --output")
+    return found
+
+
+def _record(rate: PassRate) -> dict[str, Any]:
+    reasons = [score.reason for score in rate.scores]
+    return {"id": rate.problem.id, "pass_rate": rate.rate, "length": rate.length, "reasons": reasons}
+
+
+def _row(problem: Problem, rate: float) -> dict[str, Any]:
+    own = {"id": problem.id, "question": problem.question, "answer": problem.answer, "pass_rate": rate}
+    return own | {name: value for name, value in problem.columns.items() if name not in own}
