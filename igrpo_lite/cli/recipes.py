@@ -40,8 +40,9 @@ def find(recipe: str) -> Path:
     path = Path(recipe)
     if path.is_file():
         return path
-    if path.stem in names() and path.parent.name in ("", "recipes"):
-        return folder() / f"{path.stem}.yaml"
+    name = path.name.removesuffix(".yaml")  # not ``stem``, which would cut at a version's dot
+    if name in names() and path.parent.name in ("", "recipes"):
+        return folder() / f"{name}.yaml"
     raise ConfigError(_missing(recipe))
 
 
@@ -84,7 +85,7 @@ def cp(
 
 
 def _missing(recipe: str) -> str:
-    near = nearest(Path(recipe).stem, names())
+    near = nearest(Path(recipe).name.removesuffix(".yaml"), names())
     return f"no such recipe: {recipe}" + (f"; did you mean {near}?" if near else "; see igrpo-lite recipes ls")
 
 
