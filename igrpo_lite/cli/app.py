@@ -11,7 +11,7 @@ from collections.abc import Sequence
 from cyclopts import App, CycloptsError
 
 from igrpo_lite import __version__
-from igrpo_lite.cli import evaluate, recipes, show_prompt, train
+from igrpo_lite.cli import check, compare, data, doctor, evaluate, gpus, models, plan, recipes, scan, show_prompt, train, verify
 from igrpo_lite.cli.flags import complaints
 from igrpo_lite.errors import UserError
 
@@ -31,8 +31,17 @@ def build() -> App:
     )
     app.command(train.verb(), name="train", help_epilogue="")
     app.command(evaluate.verb(), name="eval", help_epilogue="")
+    app.command(compare.verb(), name="compare", help_epilogue="")
+    app.command(check.verb(), name="check", help_epilogue="")
+    app.command(scan.verb(), name="scan", help_epilogue="")
     app.command(show_prompt.verb(), name="show-prompt", help_epilogue="")
+    app.command(plan.verb(), name="plan", help_epilogue="")
+    app.command(models.models, name="models", help_epilogue="")
+    app.command(gpus.gpus, name="gpus", help_epilogue="")
     app.command(recipes.app())
+    app.command(doctor.doctor, name="doctor", help_epilogue="")
+    app.command(data.app())
+    app.command(verify.verify, name="verify", help_epilogue="")
     return app
 
 

@@ -14,7 +14,24 @@ from igrpo_lite.config import SECTIONS, Section
 from igrpo_lite.defaults import MODEL_DEFAULTS
 from igrpo_lite.fields import FIELDS, choices, default_text, short_type
 
-VERBS = ((), ("train",), ("eval",), ("show-prompt",), ("recipes", "ls"), ("recipes", "cp"))
+VERBS = (
+    (),
+    ("train",),
+    ("check",),
+    ("scan",),
+    ("eval",),
+    ("compare",),
+    ("show-prompt",),
+    ("plan",),
+    ("models",),
+    ("gpus",),
+    ("recipes", "ls"),
+    ("recipes", "cp"),
+    ("doctor",),
+    ("verify",),
+    ("data", "ls"),
+    ("data", "show"),
+)
 
 _NOTE = "<!-- Written by `make docs`; change the code instead. -->"
 
