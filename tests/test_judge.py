@@ -7,6 +7,7 @@ import threading
 import time
 from collections.abc import Iterator
 from email.utils import formatdate
+from importlib.util import find_spec
 from pathlib import Path
 from typing import Any
 
@@ -260,6 +261,41 @@ def test_a_missing_key_is_named(asker: Asker, monkeypatch: pytest.MonkeyPatch) -
         asker.grade(asker.serve(in_turn(refused(401))))
 
 
+@pytest.mark.parametrize("key", ["sk-secret\nsecond line", "sk-secret\x01", "sk-sécret"])
+def test_a_key_that_no_header_takes_is_refused_and_not_shown(
+    asker: Asker, monkeypatch: pytest.MonkeyPatch, key: str
+) -> None:
+    monkeypatch.setenv("JUDGE_TEST_KEY", key)
+    server = asker.serve(by_length)
+    with pytest.raises(RewardError, match="the key in JUDGE_TEST_KEY holds characters that no key has") as raised:
+        asker.grade(server)
+    assert "sk-" not in str(raised.value)
+
+
+def test_of_a_key_that_a_server_repeats_no_part_is_shown(asker: Asker) -> None:
+    for answer in (refused(400, "x" * 295 + "sk-secret"), Answer("sk-secret")):
+        (found,) = asker.grade(asker.serve(in_turn(answer)), judge_retries=0)
+        assert "***" in str(found.error)
+        assert "sk-" not in str(found.error)
+
+
+@pytest.mark.parametrize("proxy", ["socks5://127.0.0.1:9", "odd://127.0.0.1:9"])
+def test_a_proxy_that_cannot_be_used_is_named(asker: Asker, monkeypatch: pytest.MonkeyPatch, proxy: str) -> None:
+    if proxy.startswith("socks") and find_spec("socksio"):
+        pytest.skip("httpx can use it here")
+    monkeypatch.setenv("ALL_PROXY", proxy)
+    for name in ("NO_PROXY", "no_proxy"):
+        monkeypatch.delenv(name, raising=False)
+    with pytest.raises(RewardError, match=r"proxy that ALL_PROXY.* names cannot be used: .*name judge\.example in NO_"):
+        asker.grade("http://judge.example/v1", judge_model="judge-1")
+    assert asker.grade(asker.serve(by_length))[0].score == 0.8, "a server of this machine needs no proxy"
+
+
+def test_an_address_that_no_host_can_have_stops_the_run(asker: Asker) -> None:
+    with pytest.raises(RewardError, match=r"judge_url: .* is no address: Invalid IDNA hostname"):
+        asker.grade("http://☃.☃☃/v1", judge_model="judge-1")
+
+
 def test_no_server_at_all(asker: Asker) -> None:
     server = asker.serve(by_length)
     server.close()
@@ -267,6 +303,27 @@ def test_no_server_at_all(asker: Asker) -> None:
         asker.grade(server)
     (found,) = asker.grade(server, judge_model="judge-1", judge_retries=1)
     assert "cannot be reached" in str(found.error)
+
+
+@pytest.mark.parametrize(
+    ("answer", "told"),
+    [
+        (Answer("[" * 100_000), "something that is no chat completion: '[[["),
+        (Answer({"choices": [["message"]]}), "something that is no chat completion"),
+        (refused(302, "elsewhere"), "answered 302 (elsewhere)"),
+        (Answer([1], 500), "answered 500 ([1])"),
+    ],
+)
+def test_an_odd_reply_is_one_failed_call(asker: Asker, answer: Answer, told: str) -> None:
+    found = asker.grade(asker.serve(in_turn(answer, said("Score: 1"))), "a", "b", judge_concurrency=1, judge_retries=0)
+    assert told in str(found[0].error)
+    assert found[1].score == 1.0
+
+
+def test_half_of_a_surrogate_pair_in_a_reply_can_be_kept(asker: Asker) -> None:
+    server = asker.serve(in_turn(said("Well \ud83d"), said("\ud83d\nScore: 1")))
+    assert [asker.grade(server)[0].reply for _ in range(2)] == ["Well ?\n?\nScore: 1"] * 2
+    assert len(server.requests) == 2
 
 
 # Cost and number

@@ -104,6 +104,7 @@ def test_logged_values_come_back_from_the_worker(make: Make) -> None:
             log_metric("n", len(completions)); log_metric("n", 10)
             log_extra("first", [c[:1] for c in completions])
             for c in completions: log_extra("size", [len(c)])
+            log_extra("cut", ["\\ud83d" for c in completions])
             return [1.0] * len(completions)
         async def each(completion, log_metric, log_extra):
             log_metric("length", len(completion)); log_extra("half", {"of": len(completion) / 2}); log_extra("o", {1})
@@ -118,9 +119,10 @@ def test_logged_values_come_back_from_the_worker(make: Make) -> None:
     assert scorer.take_logged() == {}, "the check is no step"
     scores = scorer.score(PROBLEM, PROMPT, [completion("abc"), completion("de")])
     assert scorer.take_logged() == {"reward/each/length": 2.5, "reward/reward/n": 6.0}
+    logged = {"reward/cut": "?", "each/o": "{1}"}  # half of a surrogate pair could not be written to samples.jsonl
     assert [score.extras for score in scores] == [
-        {"reward/first": "a", "reward/size": 3, "each/half": {"of": 1.5}, "each/o": "{1}", "sync/me": ["abc"]},
-        {"reward/first": "d", "reward/size": 2, "each/half": {"of": 1.0}, "each/o": "{1}", "sync/me": ["de"]},
+        logged | {"reward/first": "a", "reward/size": 3, "each/half": {"of": 1.5}, "sync/me": ["abc"]},
+        logged | {"reward/first": "d", "reward/size": 2, "each/half": {"of": 1.0}, "sync/me": ["de"]},
     ]
 
 

@@ -154,6 +154,9 @@ def test_too_much_in_common_is_said(tmp_path: Path) -> None:
     assert "that is" not in "\n".join(load(data=data, eval_data=tested, decontaminate_ngram=0).report.lines())
     with pytest.raises(DataError, match=r"a\.jsonl: every question of it is also in a\.jsonl, so nothing is left"):
         load(data=data, eval_data=tested, decontaminate=[data])
+    shared = write(tmp_path / "c.jsonl", [f"{phrase} {i}" for i in range(5)])
+    with pytest.raises(DataError, match=r"c\.jsonl: every .* in b\.jsonl, or has 13 words in a row in common with it,"):
+        load(data=shared, eval_data=tested)
 
 
 def test_settings_of_synthetic_sets_are_left_alone() -> None:

@@ -150,6 +150,8 @@ def test_file_of_nothing_but_broken_lines(tmp_path: Path) -> None:
         ("a.json", "3", "holds a number; it must be"),
         ("a.json", '{"q": ["x", "y"], "a": [1]}', "different lengths (q 2, a 1)"),
         ("a.json", "[" * 200_000, "nested too deeply"),
+        ("a.json", f'[{{"q": {"1" * 5000}}}]', "a number of more than 4,300 digits"),
+        ("a.jsonl", f'{{"q": {"1" * 5000}}}\n{{"q": 1}}', "a.jsonl:1: a number of more than 4,300 digits"),
         ("a.jsonl", json.dumps(ROWS, indent=1), "rename it to .json"),
         ("a.jsonl", b"\xff\xfe{\x00}\x00", "is UTF-16"),
         ("a.csv", "q,q,a\n1,2,3\n", "names q more than once"),

@@ -99,13 +99,14 @@ def test_public_sets_by_name(tmp_path: Path) -> None:
     text = json.dumps(row)
     (large / "train.jsonl").write_text("\n".join(text.replace("{}", str(i)) for i in range(20_100)), encoding="utf-8")
     local = str(folder)
-    named, tested, streamed, other, big, plain, whole, first, bad, none = results(
+    named, tested, streamed, other, big, against, plain, whole, first, bad, none = results(
         tmp_path,
         ["load", {"data": "gsm8k"}],
         ["load", {"data": "GSM8K", "eval_data": "gsm8k", "decontaminate": ["gsm8k"]}],
         ["load", {"data": "gsm8k", "stream_rows": 50}],
         ["load", {"eval_data": "openai/gsm8k", "max_problems": 20}],
         ["load", {"data": "openr1-math"}],
+        ["load", {"data": "gsm8k", "decontaminate": ["openr1-math"]}],
         ["load", {"data": "svamp"}],
         ["read", local, None, None],
         ["read", local, None, "train", 7, ["answer"]],
@@ -132,6 +133,7 @@ def test_public_sets_by_name(tmp_path: Path) -> None:
     assert len(big["train"]) + len(big["held_out"]) == 20_000
     assert big["train"][0][1:] == ["0?", "0", ["answer"]]  # neither the generations nor the messages
     assert "  only the first 20,000 rows were read (--stream-rows)" in big["lines"]
+    assert "no training problem is in the first 20,000 rows of open-r1/OpenR1-Math-220k/train" in against["lines"]
     assert plain["problems"] == [
         "ChilleD/SVAMP: not in the local cache, and HF_HUB_OFFLINE forbids the download; "
         "unset it, or give a local file (JSONL, JSON, CSV, parquet) as svamp=path"

@@ -135,6 +135,11 @@ def test_columns_in_a_mixture_are_those_of_the_files(tmp_path: Path) -> None:
     sets = load(data=data, question_column="text", answer_column="gold")
     columns = [(part.question_column, part.answer_column) for part in sets.report.parts]
     assert columns == [("text", "gold"), ("question", "answer"), (None, None)]
+    with pytest.raises(DataError) as raised:
+        load(data=data, question_column="txt", answer_column="GOLD")
+    assert raised.value.problems == [
+        "question_column: no part of the mixture has a column txt; found by name: question, question"
+    ]
 
 
 def turn(role: str, content: str) -> dict[str, str]:

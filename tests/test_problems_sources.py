@@ -202,6 +202,16 @@ def test_both_splits_of_a_folder_are_found() -> None:
     assert load(data=f"minerva={folder}").report.train.rows == 272  # no training split: the one there is
 
 
+def test_the_one_split_of_a_set_to_evaluate_on_goes_by_any_name(tmp_path: Path) -> None:
+    assert PUBLIC_SETS["aime24"].evaluate == "train"
+    rows = [{"problem": f"{i}?", "answer": i} for i in range(3)]
+    write(tmp_path / "aime24_test.jsonl", rows), write(tmp_path / "deepscaler_test.jsonl", rows)
+    sets = load(data="two-step", eval_data=f"aime24={tmp_path}", decontaminate=[f"aime24={tmp_path}"])
+    assert len(sets.held_out) == 3
+    assert "no split train" in data_findings(DataOptions(data=f"deepscaler={tmp_path}"))[0]  # not for training
+    assert "no split dev" in data_findings(DataOptions(eval_data=f"aime24={tmp_path}", eval_split="dev"))[0]
+
+
 def test_a_clone_from_the_hub_and_its_shards(tmp_path: Path) -> None:
     for number, rows in enumerate((sums(30), sums(20, 30))):
         file = tmp_path / "main" / f"train-0000{number}-of-00002.parquet"

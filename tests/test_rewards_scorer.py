@@ -95,6 +95,7 @@ def test_check_refuses_a_gold_that_cannot_be_verified() -> None:
         ({"reward_funcs": ["judge"]}, "judge_url: the reward judge needs an endpoint"),
         ({"reward_funcs": ["soft_overlong"], "overlong_buffer": 800}, "must be at most max_completion_length 768"),
         ({"reward_funcs": ["cosin"]}, "did you mean cosine"),
+        ({"reward_funcs": ["accuracy:2"]}, "accuracy:2: weights have a setting of their own, reward_weights"),
     ],
 )
 def test_settings_that_are_idle_or_do_not_fit(settings: dict[str, Any], told: str) -> None:
@@ -172,7 +173,10 @@ def test_static_check_runs_nothing(tmp_path: Path) -> None:
     assert "no function" in str(find_function_error("json.decoder:nothing"))
 
 
-def test_functions_go_by_their_own_name(make: Make) -> None:
+def test_functions_go_by_their_own_name(make: Make, tmp_path: Path) -> None:
     scorer = make("def a(completions): ...\ndef b(completions): ...", "a", "accuracy", "b", weights=[2, 1, 0.5])
     assert scorer.names == ("a", "accuracy", "b")
     assert scorer.weights == (2, 1, 0.5)
+    (tmp_path / "own.py").write_text("def format(completions): ...\n", encoding="utf-8")
+    own = Scorer(RunConfig(reward_funcs=[f"{tmp_path}/own.py:format"]), "boxed")
+    assert (own.names, own.weights) == (("format",), (1.0,)), "0.1 is for the built-in one"

@@ -66,6 +66,13 @@ def test_all_none_gives_no_reward(make: Make) -> None:
     assert scores[0].reason == "correct"
 
 
+def test_a_part_of_weight_0_is_recorded_and_no_opinion(make: Make) -> None:
+    scorer = make("def reward(completions): return [None, 2]", "reward", "accuracy", weights=[0.5, 0])
+    scores = scorer.score(PROBLEM, PROMPT, [completion(RIGHT), completion(WRONG)])
+    assert [score.reward for score in scores] == [None, 1.0]
+    assert [score.parts["accuracy"] for score in scores] == [1.0, 0.0]
+
+
 def test_arrays_are_lists() -> None:
     numpy = pytest.importorskip("numpy")
     assert checked_values("f", numpy.array([1, 2]), 2) == [1.0, 2.0]
@@ -145,6 +152,10 @@ def test_check_tells_where_a_call_hangs(make: Make) -> None:
     with pytest.raises(RewardError, match=r"no reply within 1 s(.|\n)*mine.py\", line 4 in reward"):
         scorer.check(PROBLEM)
     assert time.monotonic() - began < 6.0
+
+
+def test_a_timeout_of_any_length_is_taken(make: Make) -> None:
+    assert parts(make("def reward(completions): return [1]", timeout=1e300), "x") == [1.0]
 
 
 def test_an_import_that_hangs_is_ended(tmp_path: Path) -> None:

@@ -155,8 +155,8 @@ def _read_line(where: str, line: bytes, table: Table) -> None:
         table.refuse(where, f"not UTF-8 (byte 0x{line[error.start]:02x} at position {error.start + 1} of the line)")
     except json.JSONDecodeError as error:
         table.refuse(where, f"not JSON: {error.msg} (column {error.colno})")
-    except RecursionError:
-        table.refuse(where, "nested too deeply")
+    except (ValueError, RecursionError) as error:
+        table.refuse(where, _too_much(error))
 
 
 def _is_json_document(path: Path) -> bool:
@@ -177,10 +177,15 @@ def _read_json(path: Path, table: Table) -> None:
         if error.msg == "Extra data" and text.lstrip().startswith("{"):  # JSON lines are often named .json
             return _read_lines(path, table)
         raise DataError(f"{path.name}:{error.lineno}: not JSON: {error.msg} (column {error.colno})") from error
-    except RecursionError as error:
-        raise DataError(f"{path}: nested too deeply to be read") from error
+    except (ValueError, RecursionError) as error:
+        raise DataError(f"{path}: {_too_much(error)}") from error
     for number, value in enumerate(_document_rows(path, document), 1):
         table.add(f"{path.name}, row {number}", value)
+
+
+def _too_much(error: Exception) -> str:
+    """Why Python does not read what is JSON; of digits it reads 4,300, since the time grows with their square."""
+    return "nested too deeply" if isinstance(error, RecursionError) else "a number of more than 4,300 digits"
 
 
 def _document_rows(path: Path, document: Any) -> list[Any]:

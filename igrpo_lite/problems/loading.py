@@ -63,6 +63,7 @@ def load_problems(options: DataOptions, seed: int, read_answer: ReadAnswer) -> P
     parts, reports = _load(trained, prefixes, options, read_answer, findings)
     held_parts, held_reports = _load(others, prefixes[len(trained) :], options, read_answer, findings)
     known = _known(options, findings)
+    findings += _unfound_columns(options, reports) if len(trained) > 1 and not findings else []
     if findings:
         raise DataError(findings)
     report = LoadReport(reports, held_reports, notes=_notes(options, trained, others))
@@ -107,6 +108,23 @@ def _load(
     return parts, reports
 
 
+def _unfound_columns(options: DataOptions, reports: Sequence[SourceReport]) -> list[str]:
+    """Columns asked for that no part of a mixture has; a single part may do without."""
+    asked = {
+        "question_column": (options.question_column, [report.question_column for report in reports]),
+        "answer_column": (options.answer_column, [report.answer_column for report in reports]),
+    }
+    return [
+        f"{key}: no part of the mixture has a column {column}; found by name: {', '.join(filter(None, used))}"
+        for key, (column, used) in asked.items()
+        if column is not None and _bare(column) not in {_bare(name) for name in used if name is not None}
+    ]
+
+
+def _bare(column: str) -> str:
+    return "".join(column.lower().split())
+
+
 def _known(options: DataOptions, findings: list[str]) -> list[tuple[list[tuple[str, str]], str]]:
     found = []
     for source in decontamination_sources(options):
@@ -145,8 +163,9 @@ def _without_known(
     left = [[problem for problem in part if problem.id in kept] for part in parts]
     gone = [source.name for source, part in zip(report.parts, left, strict=True) if not part]
     if gone:
+        how = f"or has {ngram} words in a row in common with it, " if overlap.runs else ""
         raise DataError(
-            [f"{part}: every question of it is also in {name}, so nothing is left to train on" for part in gone]
+            [f"{part}: every question of it is also in {name}, {how}so nothing is left to train on" for part in gone]
         )
     return left
 

@@ -12,6 +12,7 @@ from igrpo_lite.problems.registry import PublicSet
 
 _SHARD = re.compile(r"-\d+-of-\d+$")
 _ALL = "all"
+_USUAL = ("test", "train", "validation")
 
 
 def split_files(folder: Path, entry: PublicSet) -> dict[str, list[Path]]:
@@ -40,7 +41,9 @@ def files_of(path: Path, entry: PublicSet | None, split: str | None) -> list[Pat
     if entry is None or not path.is_dir():
         return [path]
     found = split_files(path, entry)
-    for name in (split, _ALL):
+    # The one split of a set to evaluate on has any name: AIME's is `train` on the hub and `test` in most copies.
+    usual = _USUAL if entry.train is None and [split] == list(entry.splits) else ()
+    for name in (split, _ALL, *usual):
         if name in found:
             return found[name]
     there = (

@@ -97,7 +97,7 @@ def load_questions(source: Source, options: DataOptions) -> tuple[list[tuple[str
         except ValueError as error:
             rows.table.bad.append(f"{row.where}: {error}")
     refuse_bad_rows(rows.table, options.max_bad_rows)
-    return found, rows.title
+    return found, f"the first {rows.table.total:,} rows of {rows.title}" if rows.cut else rows.title
 
 
 def _load_synthetic(

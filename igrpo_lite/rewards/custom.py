@@ -285,9 +285,10 @@ def _plain(value: Any) -> Any:
     """A value as JSON gives it back, or else as text."""
     value = value.tolist() if hasattr(value, "tolist") else value  # numpy, torch
     try:
-        return json.loads(json.dumps(value, allow_nan=False))
+        text = json.dumps(value, allow_nan=False, ensure_ascii=False)
     except (TypeError, ValueError, RecursionError):
-        return str(value)
+        text = json.dumps(str(value), ensure_ascii=False)
+    return json.loads(text.encode(errors="replace"))  # half of a surrogate pair could not be written to a file
 
 
 def _arguments(function: UserFunction, offered: dict[str, Any], log: _Log) -> dict[str, Any]:
@@ -295,10 +296,10 @@ def _arguments(function: UserFunction, offered: dict[str, Any], log: _Log) -> di
     if missing := [name for name in function.required if name not in offered]:
         names = sorted(set(offered) - {"log_extra", "log_metric"})
         close = difflib.get_close_matches(missing[0], names, n=1)
-        hint = f"did you mean {close[0]}? " if close else ""
+        hint = f"did you mean {close[0]}? There" if close else "there"
         raise RewardError(
-            f"reward {function.spec} asks for {', '.join(missing)}, which the data does not have; {hint}"
-            f"There is {', '.join(names)}. Rename the parameter, or give it a default"
+            f"reward {function.spec} asks for {', '.join(missing)}, which the data does not have; {hint} is "
+            f"{', '.join(names)}. Rename the parameter, or give it a default"
         )
     return offered if function.takes is None else {name: offered[name] for name in function.takes & offered.keys()}
 

@@ -82,7 +82,7 @@ class Endpoint:
         self.url = (options.judge_url or "").rstrip("/")
         self._key_name = options.judge_api_key_env
         self._key = os.environ.get(self._key_name, "").strip()
-        if not self._key.isascii():
+        if not (self._key.isascii() and self._key.isprintable()):  # httpx would name the whole of it in its complaint
             raise RewardError(f"reward judge: the key in {self._key_name} holds characters that no key has")
         self._model = options.judge_model
         self._timeout = options.judge_timeout
@@ -101,12 +101,18 @@ class Endpoint:
         import httpx
 
         self._places, self._naming = asyncio.Semaphore(self._concurrency), asyncio.Lock()
-        self._client = httpx.AsyncClient(
-            headers={"Authorization": f"Bearer {self._key}"} if self._key else None,
-            limits=httpx.Limits(max_connections=self._concurrency),
-            timeout=None,
-            trust_env=urlsplit(self.url).hostname not in _LOCAL,  # no proxy has this machine's servers
-        )
+        try:
+            self._client = httpx.AsyncClient(
+                headers={"Authorization": f"Bearer {self._key}"} if self._key else None,
+                limits=httpx.Limits(max_connections=self._concurrency),
+                timeout=None,
+                trust_env=urlsplit(self.url).hostname not in _LOCAL,  # no proxy has this machine's servers
+            )
+        except (ImportError, ValueError, httpx.InvalidURL) as error:
+            raise RewardError(
+                f"reward judge: the proxy that ALL_PROXY, HTTP_PROXY or HTTPS_PROXY names cannot be used: "
+                f"{str(error).rstrip('.')}; mend that, or name {urlsplit(self.url).hostname} in NO_PROXY"
+            ) from error
         return self
 
     async def __aexit__(self, *_: object) -> None:
@@ -174,6 +180,8 @@ class Endpoint:
                 return await self._client.request(method, self.url + path, json=body)
         except TimeoutError:
             raise CallFailed(f"{self.url} did not reply within {self._timeout:g} s", timed_out=True) from None
+        except httpx.InvalidURL as error:
+            raise RewardError(f"judge_url: {self.url} is no address: {error}") from None
         except httpx.HTTPError as error:
             what = str(error) or type(error).__name__
             raise CallFailed(
@@ -182,14 +190,14 @@ class Endpoint:
 
     def _read(self, response: httpx.Response, calls: Calls) -> Reply:
         try:
-            content = response.json()
+            content = _content(response)
             choice = content["choices"][0]
             text = choice["message"].get("content")
             tokens = (content.get("usage") or {}).get("total_tokens")
-        except (ValueError, LookupError, TypeError, AttributeError):
+        except (LookupError, TypeError, AttributeError):
             raise CallFailed(
-                f"{self.url} replied with something that is no chat completion: {response.text[:100]!r}; does the "
-                "address end in /v1?"
+                f"{self.url} replied with something that is no chat completion: {self._excerpt(response.text, 100)!r}; "
+                "does the address end in /v1?"
             ) from None
         if isinstance(tokens, int):
             calls.tokens += tokens
@@ -199,7 +207,7 @@ class Endpoint:
                 "out, and mind the cost in another way"
             )
         return Reply(
-            text=text if isinstance(text, str) else "",
+            text=text.encode(errors="replace").decode() if isinstance(text, str) else "",  # halves of surrogate pairs
             cut=choice.get("finish_reason") == "length",
             tokens=tokens if isinstance(tokens, int) else 0,
         )
@@ -225,7 +233,7 @@ class Endpoint:
             return RewardError(f"reward judge: {said}; {held}: put the key for it into that environment variable")
         if status == 404:
             return RewardError(f"reward judge: {said}; {lost}")
-        if response.is_redirect:
+        if response.has_redirect_location:
             target = response.headers["location"]
             return RewardError(f"reward judge: {said}, and points to {target}; give the address itself as judge_url")
         if status in _HOPELESS or _error(response).get("code") == "insufficient_quota":
@@ -247,23 +255,31 @@ class Endpoint:
         if response.status_code != 200:
             raise self._failure(response, "does the address end in /v1? If it is right, set --judge-model")
         try:
-            return [str(entry["id"]) for entry in response.json()["data"]]
-        except (ValueError, LookupError, TypeError):
+            return [str(entry["id"]) for entry in _content(response)["data"]]
+        except (LookupError, TypeError):
             raise CallFailed(f"{self.url} lists no models that can be read; set --judge-model") from None
 
     def _said(self, response: httpx.Response) -> str:
         message = str(_error(response).get("message") or response.text or response.reason_phrase)
-        text = " ".join(message.split())[:300]
-        text = text.replace(self._key, "***") if self._key else text
-        return f"{self.url} answered {response.status_code} ({text})"
+        return f"{self.url} answered {response.status_code} ({self._excerpt(message, 300)})"
+
+    def _excerpt(self, text: str, most: int) -> str:
+        """The beginning of what a server wrote, in one line; the key, should it be in there, is left out."""
+        line = " ".join(text.split())
+        return (line.replace(self._key, "***") if self._key else line)[:most]
+
+
+def _content(response: httpx.Response) -> Any:
+    """The JSON of a reply's body; ``None`` where it holds none."""
+    try:
+        return response.json()
+    except (ValueError, RecursionError):
+        return None
 
 
 def _error(response: httpx.Response) -> dict[str, Any]:
     """The error in a reply's body, in any of the usual forms; its ``message`` may be missing."""
-    try:
-        body = response.json()
-    except ValueError:
-        return {}
+    body = _content(response)
     error = body.get("error", body) if isinstance(body, dict) else {}
     if not isinstance(error, dict):
         return {"message": error}

@@ -20,7 +20,10 @@ def reward_findings(options: RunConfig) -> list[str]:
     """Everything that can be seen to be wrong with the reward settings without importing a user's file."""
     findings: list[str] = []
     for spec in options.reward_funcs:
-        if ":" in spec:
+        name, _, rest = spec.partition(":")
+        if name in BUILTIN and rest and not rest.isidentifier():
+            findings.append(f"reward_funcs: {spec}: weights have a setting of their own, reward_weights, in this order")
+        elif ":" in spec:
             if error := find_function_error(spec):
                 findings.append(error)
         elif spec not in BUILTIN:
@@ -44,10 +47,8 @@ def _unknown(name: str) -> str:
     if name.endswith(".py"):
         return f"reward_funcs: {name} names no function; write it as {name}:function"
     close = difflib.get_close_matches(name, BUILTIN, n=1, cutoff=0.5)
-    hint = f"did you mean {close[0]}? " if close else ""
-    return (
-        f"reward_funcs: no reward {name!r}; {hint}There are {', '.join(BUILTIN)}, and your own as path/file.py:function"
-    )
+    hint = f"did you mean {close[0]}? There" if close else "there"
+    return f"reward_funcs: no reward {name!r}; {hint} are {', '.join(BUILTIN)}, and your own as path/file.py:function"
 
 
 def _overlong_findings(options: RunConfig) -> list[str]:

@@ -117,8 +117,10 @@ class Judge:
                     for task in under_way:
                         task.cancel()
                     await asyncio.gather(*under_way, return_exceptions=True)
-        except RewardError as error:
-            started.set_exception(error)
+        except BaseException as error:
+            if started.done():
+                raise
+            started.set_exception(error)  # whatever it is: somebody waits
 
     async def _grade(self, prompts: Sequence[str], calls: Calls, fresh: bool) -> dict[str, Judgement]:
         # All are waited for, whatever becomes of one: what is under way is paid for.

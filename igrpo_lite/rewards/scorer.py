@@ -77,7 +77,7 @@ class Scorer:
         self._style: AnswerStyle = answer_style
         self.names = _names(self._specs)
         self.weights = (
-            tuple(DEFAULT_WEIGHTS.get(name, 1.0) for name in self.names)
+            tuple(DEFAULT_WEIGHTS.get(spec, 1.0) for spec in self._specs)
             if config.reward_weights is None
             else tuple(config.reward_weights)
         )
@@ -170,7 +170,9 @@ class Scorer:
 
     def _sum(self, parts: Mapping[str, float | None]) -> float | None:
         weighted = [
-            weight * value for weight, value in zip(self.weights, parts.values(), strict=True) if value is not None
+            weight * value
+            for weight, value in zip(self.weights, parts.values(), strict=True)
+            if value is not None and weight  # a part of weight 0 is only recorded, and is no opinion
         ]
         return sum(weighted) if weighted else None
 

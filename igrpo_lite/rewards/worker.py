@@ -37,6 +37,9 @@ LOAD_SECONDS = 60.0
 GRACE_SECONDS = 1.0
 """The worker ends itself at the timeout, and can then say where it hung; after this long it is killed from outside."""
 
+MOST_SECONDS = 1e6
+"""A longer timeout means the same; clocks and locks of some systems take none much longer."""
+
 EXIT_SECONDS = 2.0
 """Time a worker has, once its parent is gone, to finish what it does and close its files."""
 
@@ -97,6 +100,7 @@ class Worker:
         Raises :class:`RewardError` when it cannot be imported or called, or returned something that is not a reward,
         or is closed meanwhile; what it raises by itself, and a timeout, are an :class:`Outcome`.
         """
+        timeout = min(timeout, MOST_SECONDS)
         with self._lock:
             self._load(spec)
             try:

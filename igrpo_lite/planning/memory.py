@@ -1,0 +1,267 @@
+"""Bytes on the GPU in each phase of a run, part by part."""
+
+from __future__ import annotations
+
+import re
+from dataclasses import dataclass
+from functools import cached_property
+from typing import Literal
+
+from igrpo_lite.config import RunConfig
+from igrpo_lite.planning.activations import Adapter, activations
+from igrpo_lite.planning.gpus import GIB, Gpu
+from igrpo_lite.planning.shapes import Shape
+from igrpo_lite.planning.work import Batch, fullest, learning_trees, longest, stage_sizes
+
+NF4_BYTES = 0.5 + 1 / 64 + 4 / (64 * 256)
+"""A weight in NF4 with double quantisation: 4 bits, an 8-bit scale for each 64, a float32 for each 256 of those."""
+
+CONTEXT = int(0.6 * GIB)
+"""CUDA's own memory and the libraries' workspaces: 0.4 to 0.8 GiB."""
+
+GRAPH = 16 * 2**20
+"""One CUDA graph of vLLM. 1.68 GiB for 172 (https://github.com/vllm-project/vllm/pull/40044), 1.62 for 86 (pull/39559),
+0.36 for 16 (https://github.com/gpustack/runner/pull/251): 10 to 23 MiB each."""
+
+FRAGMENTED = 0.05
+"""What torch's allocator takes beyond what is used, as a share of everything that comes and goes."""
+
+LOGITS = {"vllm": 18, "transformers": 22}
+"""Bytes for each sequence and vocabulary entry while tokens are drawn: logits, scaled, log-probabilities, their
+exponentials, and noise or their sums."""
+
+PREFILL = 8192
+"""Prompt tokens that are run at once: ``sampling.transformers``' number and vLLM's default below 70 GiB."""
+
+KV_BLOCK = 16
+SLOT_STEP = 64
+KV_SHARES = {True: 0.6, False: 0.3}
+"""Share of the free memory that ``sampling.vllm_engine`` gives to keys and values, by whether they are given back."""
+
+LORA_RANKS = (1, 8, 16, 32, 64, 128, 256, 320, 512)
+
+PARTS = (
+    "weights",
+    "LoRA, AdamW",
+    "vLLM's LoRA",
+    "graphs",
+    "keys and values",
+    "working memory",
+    "activations",
+    "head",
+    "CUDA context",
+    "idle",
+)
+"""What memory goes to, in the order of a table. ``idle`` is what torch's allocator holds and does not use."""
+
+PhaseName = Literal["load", "rollout", "update"]
+
+
+@dataclass(frozen=True)
+class Setup:
+    """What is planned.
+
+    Attributes:
+        four_bit: the frozen linear layers are in NF4.
+        given_back: vLLM frees its keys and values during the update, as it can from 0.31 on.
+    """
+
+    config: RunConfig
+    shape: Shape
+    gpu: Gpu
+    four_bit: bool
+    given_back: bool
+
+    @property
+    def item(self) -> int:
+        """Bytes a value in computation: 16 bits unless float32 is asked for."""
+        return 4 if self.config.dtype == "float32" else 2
+
+    @property
+    def vllm(self) -> bool:
+        """vLLM samples; ``auto`` means it on a GPU."""
+        return self.config.sampler != "transformers"
+
+    @property
+    def rows(self) -> bool:
+        """The update runs rows, not trees."""
+        return self.shape.window is not None or self.config.backend == "unsloth"
+
+    @property
+    def math_attention(self) -> bool:
+        """Attention without a mask falls back to torch's plain form: before capability 8.0 no fused kernel takes
+        several query heads to a key head (https://github.com/huggingface/transformers/issues/48633)."""
+        return self.gpu.capability < (8, 0) and self.shape.heads != self.shape.kv_heads
+
+    @cached_property
+    def adapter(self) -> Adapter:
+        config, shape = self.config, self.shape
+        linears = shape.adapted(config.lora_target_modules)
+        return Adapter(linears, config.lora_r, adapted_layers(config.lora_layers, shape.layers))
+
+    @cached_property
+    def weight_bytes(self) -> int:
+        """One copy of the frozen weights."""
+        return weight_bytes(self.shape, self.item, self.four_bit)
+
+    @property
+    def sequence_tokens(self) -> int:
+        """The longest sequence that is sampled."""
+        return min(longest(self.config).sequence, self.shape.context)
+
+    @cached_property
+    def kv_cache_bytes(self) -> int:
+        """Room for keys and values while sampling, as the samplers take it."""
+        config, each = self.config, self.shape.kv_bytes(self.item)
+        if not self.vllm:
+            slots = config.max_num_seqs * -(-self.sequence_tokens // SLOT_STEP) * SLOT_STEP
+            evaluated = min(config.max_num_seqs, config.eval_size)
+            return each * (slots + max(config.prompts_per_step, evaluated) * longest(config).refined)
+        if config.kv_cache_gib is not None:
+            return int(config.kv_cache_gib * GIB)
+        free = self.gpu.memory_bytes - CONTEXT - 4 * self.adapter.parameters - self.weight_bytes
+        room = int(KV_SHARES[self.given_back] * max(0, free))
+        return max(self.sequence_bytes, min(config.max_num_seqs * self.sequence_bytes, room))
+
+    @property
+    def sequence_bytes(self) -> int:
+        """Keys and values of one sequence of full length, in vLLM's blocks."""
+        blocks = -(-(self.sequence_tokens + 1) // KV_BLOCK) + 2
+        return blocks * KV_BLOCK * self.shape.kv_bytes(self.item)
+
+    def concurrent(self, tokens: int) -> int:
+        """Sequences that are decoded at the same time, if they take ``tokens`` each."""
+        if not self.vllm:
+            return self.config.max_num_seqs
+        return max(1, min(self.config.max_num_seqs, self.kv_cache_bytes // (tokens * self.shape.kv_bytes(self.item))))
+
+
+@dataclass(frozen=True, slots=True)
+class Phase:
+    """A phase's memory by part, in bytes; parts of 0 are left out."""
+
+    name: PhaseName
+    parts: dict[str, int]
+
+    @property
+    def total(self) -> int:
+        return sum(self.parts.values())
+
+    @property
+    def allocated(self) -> int:
+        """What ``torch.cuda.max_memory_allocated`` would show: without what the driver takes and what lies idle."""
+        return sum(size for part, size in self.parts.items() if part not in ("CUDA context", "graphs", "idle"))
+
+
+def phases(setup: Setup) -> tuple[Phase, ...]:
+    """Load, rollout and update, each at its fullest moment."""
+    adapter, weights = setup.adapter.parameters, setup.weight_bytes
+    engine = _engine(setup)
+    kv, own = setup.kv_cache_bytes, 0 if setup.config.share_weights or not setup.vllm else weights
+    sampling = _sampling(setup)
+    loading = sampling if setup.vllm else _unpacked(setup)
+    asleep = {"keys and values": 0 if setup.given_back or own else kv} if setup.vllm else {}
+    found = activations(
+        setup.shape,
+        setup.adapter,
+        update_batch(setup),
+        item=setup.item,
+        checkpointing=setup.config.gradient_checkpointing,
+        math=setup.math_attention,
+    )
+    block = max(found.blocks, found.head - found.tile)
+    return (
+        _phase("load", weights + own, 4 * adapter, {**engine, "keys and values": kv if setup.vllm else 0}, loading),
+        _phase("rollout", weights + own, 12 * adapter, {**engine, "keys and values": kv}, sampling),
+        _phase(
+            "update",
+            weights,
+            16 * adapter,
+            {**engine, **asleep, "head": found.peak - block},
+            block + _unpacked(setup),
+            "activations",
+        ),
+    )
+
+
+def update_batch(setup: Setup) -> Batch:
+    """The update's fullest micro-batch."""
+    config = setup.config
+    return fullest(learning_trees(config, longest(config)), config.update_tokens, setup.rows)
+
+
+def weight_bytes(shape: Shape, item: int, four_bit: bool) -> int:
+    """The frozen weights: in 4 bits the blocks' linear layers only, embeddings and head stay."""
+    linear = shape.linear_parameters
+    return round(linear * (NF4_BYTES if four_bit else item)) + (shape.parameters - linear) * item
+
+
+def adapted_layers(spec: str, layers: int) -> int:
+    """Blocks with an adapter, from the top, that ``lora_layers`` names."""
+    part = re.split("[ -]", spec)[-1]
+    if part == "all":
+        return layers
+    shares = {"half": 2, "third": 3, "quarter": 4}
+    return min(layers, max(1, round(layers / shares[part]) if part in shares else int(part)))
+
+
+def captured_graphs(max_num_seqs: int) -> int:
+    """Graphs that vLLM captures: whole decode steps for up to ``max_num_seqs`` tokens, pieces for up to twice that (and
+    512), at 1, 2, 4, every 8 and from 256 on every 16; all of it with and without an adapter."""
+
+    def sizes(most: int) -> int:
+        return len([n for n in (1, 2, 4, *range(8, 256, 8), *range(256, 513, 16)) if n <= most])
+
+    return 2 * (sizes(max_num_seqs) + sizes(2 * max_num_seqs))
+
+
+def prompt_working(shape: Shape, item: int, scores: int | None = None) -> int:
+    """Bytes for each prompt token of a forward pass without gradients through the adapted model.
+
+    Beside its keys and values: four versions of the residual stream, and inside the MLP the activated gate, the other
+    factor, LoRA's twice in float32 and the cast input; or inside attention, where it computes all ``scores`` of a
+    token, these twice.
+    """
+    h, f, q, k = shape.hidden, shape.intermediate, shape.queries, shape.keys
+    streams = 4 * item * h
+    mlp = (item + 8) * 2 * f if shape.fused else (2 * item + 8) * f
+    mlp += 4 * h if item < 4 else 0
+    attention = 0 if scores is None else 8 * shape.heads * scores + 12 * q + 2 * item * (q + k)
+    return streams + max(mlp, attention)
+
+
+def _phase(
+    name: PhaseName, weights: int, adapter: int, others: dict[str, int], working: int, what: str = "working memory"
+) -> Phase:
+    parts = {"weights": weights, "LoRA, AdamW": adapter, **others, what: working, "CUDA context": CONTEXT}
+    parts["idle"] = round(FRAGMENTED * (adapter + working + others.get("head", 0)))
+    return Phase(name, {part: size for part, size in parts.items() if size})
+
+
+def _engine(setup: Setup) -> dict[str, int]:
+    """What vLLM holds all the time, beside weights: its copy of the adapter, for every layer that could have one, and
+    its graphs."""
+    if not setup.vllm:
+        return {}
+    rank = next((rank for rank in LORA_RANKS if rank >= setup.config.lora_r), LORA_RANKS[-1])
+    copies = setup.shape.lora_parameters(rank) * setup.item
+    return {"vLLM's LoRA": copies, "graphs": captured_graphs(setup.config.max_num_seqs) * GRAPH}
+
+
+def _sampling(setup: Setup) -> int:
+    """Working memory of sampling: the prompts' forward pass, or drawing tokens, whichever is more."""
+    shape, item, config = setup.shape, setup.item, setup.config
+    if setup.vllm:
+        large = setup.gpu.memory_gib >= 70 and "a100" not in setup.gpu.name.lower()
+        prompts = (2 if large else 1) * PREFILL * item * (4 * shape.hidden + 3 * shape.intermediate)
+    else:
+        width = min(longest(config).refined, setup.sequence_tokens)
+        prompts = max(PREFILL, width) * prompt_working(shape, item, width if setup.math_attention else None)
+    sequences = min(config.max_num_seqs, max(config.eval_size, config.prompts_per_step * sum(stage_sizes(config))))
+    drawing = sequences * shape.vocab * LOGITS["vllm" if setup.vllm else "transformers"]
+    return max(prompts, drawing) + _unpacked(setup)
+
+
+def _unpacked(setup: Setup) -> int:
+    """The largest linear layer in 16 bits, which a packed one is turned into whenever it is used."""
+    return setup.item * max(linear.weights for linear in setup.shape.linears) if setup.four_bit else 0

@@ -1,0 +1,228 @@
+"""A plan: the memory of every phase, the time, whether it fits, and the one change that helps most."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Iterator
+from dataclasses import dataclass, replace
+from typing import Any, Literal
+
+from igrpo_lite.config import RunConfig
+from igrpo_lite.defaults import SGRPO_PRESETS
+from igrpo_lite.planning.gpus import GIB, Gpu
+from igrpo_lite.planning.memory import Phase, Setup, phases
+from igrpo_lite.planning.models import MODELS, Model
+from igrpo_lite.planning.time import Estimate, estimate
+from igrpo_lite.planning.work import Lengths, longest, typical
+
+TIGHT = 0.9
+"""Share of the GPU's memory above which a plan does not simply fit."""
+
+SHOWN = (
+    "algorithm",
+    "prompts_per_step",
+    "num_generations",
+    "max_prompt_length",
+    "max_completion_length",
+    "tokens",
+    "sampler",
+    "dtype",
+    "lora_r",
+    "update_tokens",
+    "gradient_checkpointing",
+    "max_num_seqs",
+    "kv_cache_gib",
+    "max_steps",
+)
+"""Settings that stand in a plan's JSON."""
+
+Verdict = Literal["fits", "tight", "no"]
+
+
+@dataclass(frozen=True, slots=True)
+class Change:
+    """Something else to try, and what the same arithmetic says about it.
+
+    Attributes:
+        flags: how it is asked for.
+        price: what it costs.
+        peak: bytes of the fullest phase with it.
+    """
+
+    flags: str
+    price: str
+    peak: int
+    verdict: Verdict
+
+
+@dataclass(frozen=True, slots=True)
+class Plan:
+    """What a run takes on a GPU."""
+
+    model: Model
+    setup: Setup
+    phases: tuple[Phase, ...]
+    time: Estimate | None
+    lengths: Lengths
+
+    @property
+    def fullest(self) -> Phase:
+        return max(self.phases, key=lambda phase: phase.total)
+
+    @property
+    def peak(self) -> int:
+        """Bytes of the fullest phase."""
+        return self.fullest.total
+
+    @property
+    def share(self) -> float:
+        """Of the GPU's memory."""
+        return self.peak / self.setup.gpu.memory_bytes
+
+    @property
+    def verdict(self) -> Verdict:
+        return "fits" if self.share <= TIGHT else "tight" if self.share <= 1 else "no"
+
+    def to_json(self) -> dict[str, Any]:
+        """As JSON types; sizes in GiB, times in seconds."""
+        gpu, config = self.setup.gpu, self.setup.config
+        phases = {p.name: {part: round(size / GIB, 3) for part, size in p.parts.items()} for p in self.phases}
+        return {
+            "model": self.model.hub_id,
+            "parameters": self.setup.shape.parameters,
+            "gpu": {"name": gpu.name, "memory_gib": gpu.memory_gib, "capability": list(gpu.capability)},
+            "load_in_4bit": self.setup.four_bit,
+            "settings": {name: getattr(config, name) for name in SHOWN},
+            "phases": phases,
+            "peak_gib": round(self.peak / GIB, 3),
+            "fullest": self.fullest.name,
+            "share": round(self.share, 4),
+            "verdict": self.verdict,
+            "time": None if self.time is None else self.time.to_json(),
+            "notes": self.notes,
+        }
+
+    @property
+    def notes(self) -> list[str]:
+        """Sentences about what was assumed, and what will not work whatever the memory."""
+        return list(_notes(self.setup, self.model))
+
+
+def plan(
+    config: RunConfig,
+    model: Model,
+    gpu: Gpu,
+    *,
+    four_bit: bool | None = None,
+    given_back: bool | None = None,
+    completion: int | None = None,
+    prompt: int | None = None,
+) -> Plan:
+    """Memory and time of a run with exactly these settings.
+
+    Args:
+        config: as :func:`igrpo_lite.settings.resolve` gives it.
+        four_bit: unset: what ``load_in_4bit`` says.
+        given_back: whether vLLM frees keys and values during updates; unset: from capability 8.0 on, because older GPUs
+            get an older vLLM.
+        completion, prompt: mean tokens, for the time; unset: :func:`typical`.
+    """
+    four_bit = config.load_in_4bit if four_bit is None else four_bit
+    given_back = gpu.capability >= (8, 0) if given_back is None else given_back
+    return planned(Setup(config, model.shape, gpu, four_bit, given_back), model, typical(config, completion, prompt))
+
+
+def planned(setup: Setup, model: Model, lengths: Lengths) -> Plan:
+    """The plan of a setup, with the time for sequences of these mean lengths."""
+    return Plan(model, setup, phases(setup), estimate(setup, lengths), lengths)
+
+
+def prefers_four_bit(model: Model, gpu: Gpu) -> bool:
+    """Whether 16-bit weights would take more than a third of the GPU."""
+    return 2 * model.shape.parameters > gpu.memory_bytes / 3
+
+
+def changes(made: Plan) -> list[Change]:
+    """Single changes that take less memory, best first: those that make it fit, from the cheapest to the dearest; then
+    the others by what they save. Of each setting the mildest value that fits is taken, else the one with the least
+    memory."""
+    found = []
+    for price, flags, tries in _alternatives(made):
+        best: tuple[Plan, str] | None = None
+        for other, text in tries:
+            if best is None or other.peak < best[0].peak:
+                best = other, text
+            if best[0].verdict == "fits":
+                break
+        if best is not None and best[0].peak < made.peak:
+            found.append(Change(f"{flags} {best[1]}".strip(), price, best[0].peak, best[0].verdict))
+    fitting = [change for change in found if change.verdict == "fits"]
+    return fitting + sorted((c for c in found if c.verdict != "fits"), key=lambda change: change.peak)
+
+
+def halved(value: int, least: int) -> Iterator[int]:
+    """``value``, its half and so on, down to ``least``."""
+    yield value
+    while value // 2 >= least:
+        value //= 2
+        yield value
+
+
+def _notes(setup: Setup, model: Model) -> Iterator[str]:
+    config, shape = setup.config, setup.shape
+    needed = longest(config).sequence - longest(config).draft // 4
+    if needed > shape.context:
+        yield (
+            f"the model's context is {shape.context} tokens, but prompt, draft and completion may need {needed}; lower "
+            "max_completion_length, max_draft_length or max_prompt_length"
+        )
+    if setup.four_bit and setup.vllm and config.share_weights:
+        copy = setup.weight_bytes / GIB
+        yield f"policy and vLLM share the 4-bit weights, as with Unsloth; where they cannot, add {copy:.2f} GiB"
+    if setup.math_attention:
+        yield "below capability 8.0 attention over prompts keeps all its scores, which is counted"
+    if setup.vllm and not setup.given_back:
+        yield "vLLM is taken to keep its keys and values during updates, as versions before 0.31 do"
+    if not shape.exact:
+        yield "counted as a Llama of its size: this architecture is not known here"
+    if model.gated:
+        yield f"{model.hub_id} asks for a licence to be accepted; {model.ungated} does not"
+
+
+_Tries = Iterable[tuple[Plan, str]]
+
+
+def _alternatives(made: Plan) -> Iterator[tuple[str, str, _Tries]]:
+    """What to try, from the cheapest to the dearest: price, flags, and plans with the end of the flags."""
+    setup, config = made.setup, made.setup.config
+
+    def other(four_bit: bool = setup.four_bit, model: Model = made.model, **values: Any) -> Plan:
+        changed = replace(setup, config=config.model_copy(update=values), shape=model.shape, four_bit=four_bit)
+        return planned(changed, model, made.lengths)
+
+    def smaller(name: str, least: int, **values: Any) -> _Tries:
+        for value in list(halved(getattr(config, name), least))[1:]:
+            settings: dict[str, Any] = {name: value, **values}
+            yield other(**settings), str(value)
+
+    yield "more, smaller passes", "--update-tokens", smaller("update_tokens", 512)
+    if not config.gradient_checkpointing:
+        price = "a third more work in the update"
+        yield price, "--gradient-checkpointing", [(other(gradient_checkpointing=True), "")]
+    # Room that was asked for by size would not shrink with the sequences.
+    yield "fewer sequences at a time", "--max-num-seqs", smaller("max_num_seqs", 4, kv_cache_gib=None)
+    if not setup.four_bit:
+        yield "slower, slightly worse weights", "--load-in-4bit", [(other(four_bit=True), "")]
+    if config.tokens in ("all", "entropy"):
+        values: dict[str, Any] = {"tokens": "s-grpo", "sgrpo_preset": "long", **SGRPO_PRESETS["long"]}
+        yield "later tokens do not learn", "--tokens s-grpo --sgrpo-preset long", [(other(**values), "")]
+    if config.lora_layers == "all":
+        yield "fewer layers learn", "--lora-layers 'last third'", [(other(lora_layers="last third"), "")]
+    cut = smaller("max_completion_length", 64, kv_cache_gib=None)
+    yield "longer completions are cut", "--max-completion-length", cut
+    models = sorted((m for m in MODELS if _smaller(m, made.model)), key=lambda m: -m.shape.parameters)
+    yield "another model", "--model", ((other(model=m, kv_cache_gib=None), m.alias) for m in models)
+
+
+def _smaller(model: Model, than: Model) -> bool:
+    """Of the same family, which has the same prompts."""
+    return model.shape.parameters < than.shape.parameters and model.template == than.template != ""

@@ -1,0 +1,222 @@
+"""What one training step runs: sequences sampled, contexts, and the token trees or rows of the update."""
+
+from __future__ import annotations
+
+import math
+from collections import Counter
+from dataclasses import dataclass, replace
+
+from igrpo_lite.config import RolloutOptions, RunConfig
+from igrpo_lite.defaults import SGRPO_PRESETS
+
+STAGE2_WORDS = 64
+"""Tokens that stage 2 puts around a draft: its template, and turns of the chat template."""
+
+PARTING = 32
+"""T-SPMO: tokens below the prompt within which a completion has parted from the others for good. A guess: at
+temperature 1 completions part early, and a tree holds nothing beyond."""
+
+
+@dataclass(frozen=True, slots=True)
+class Lengths:
+    """Tokens of a question's prompt, of the draft that stage 2 shows, and of a completion."""
+
+    prompt: int
+    draft: int
+    completion: int
+
+    @property
+    def refined(self) -> int:
+        """The prompt of stage 2."""
+        return self.prompt + STAGE2_WORDS + self.draft
+
+    @property
+    def sequence(self) -> int:
+        """The longest sequence; a draft that is tokenised anew may grow by a quarter. Evaluation refines too, so this
+        holds for one stage as well."""
+        return self.refined + self.draft // 4 + self.completion
+
+
+@dataclass(frozen=True, slots=True)
+class Tree:
+    """Completions of one prompt in the update: ``leaves`` branches of ``leaf`` tokens below ``trunk`` shared ones.
+
+    Attributes:
+        rows: tokens of each branch that learn.
+    """
+
+    trunk: int
+    leaves: int
+    leaf: int
+    rows: int
+
+    @property
+    def nodes(self) -> int:
+        return self.trunk + self.leaves * self.leaf
+
+
+@dataclass(frozen=True, slots=True)
+class Batch:
+    """One micro-batch through the model, counted in trees, of which the last may be a part.
+
+    Attributes:
+        tokens: places, padding included.
+        rows: states that go through the head.
+        causal: runs of plain causal attention, as (how many, length): trunks, or whole rows.
+        leaves: branches that attend to a trunk of ``trunk`` tokens and to their own ``leaf``; none in rows.
+    """
+
+    tokens: int
+    rows: int
+    causal: tuple[float, int]
+    leaves: float = 0.0
+    trunk: int = 0
+    leaf: int = 0
+
+
+def longest(config: RunConfig) -> Lengths:
+    """What a run's settings allow at most."""
+    draft = min(config.max_draft_length or config.max_completion_length, config.max_completion_length)
+    return Lengths(config.max_prompt_length, draft, config.max_completion_length)
+
+
+def typical(config: RunConfig, completion: int | None = None, prompt: int | None = None) -> Lengths:
+    """What to expect on average: half of ``max_completion_length`` and a quarter of ``max_prompt_length``, if unset."""
+    most = longest(config)
+    completion = min(completion or most.completion // 2, most.completion)
+    prompt = min(prompt or max(1, most.prompt // 4), most.prompt)
+    return Lengths(prompt, min(most.draft, completion), completion)
+
+
+def stage_sizes(config: RolloutOptions) -> tuple[int, int]:
+    """Completions per problem in the first and the second stage."""
+    if config.algorithm == "grpo":
+        return config.num_generations, 0
+    first = config.num_drafts or max(1, config.num_generations // 2)
+    return first, config.num_generations - first
+
+
+def waves(config: RunConfig) -> tuple[int, ...]:
+    """Completions of a step that are sampled together, wave after wave.
+
+    ``overlap`` has the same two waves as ``barrier``, one running into the other; ``ahead`` one of both stages.
+    """
+    first, second = (size * config.prompts_per_step for size in stage_sizes(config))
+    if config.schedule == "ahead" and second:
+        return (first + second,)
+    return (first, second) if second else (first,)
+
+
+def learning_trees(config: RunConfig, lengths: Lengths) -> Counter[Tree]:
+    """The trees of one step's update, and how many of each: one for every group that learns, as if all had an
+    advantage."""
+    first, second = stage_sizes(config)
+    stages = {
+        "grpo": ((lengths.prompt, first),),
+        "igrpo": ((lengths.refined, second),),
+        "igrpo-joint": ((lengths.prompt, first), (lengths.refined, second)),
+    }
+    found: Counter[Tree] = Counter()
+    for trunk, size in stages[config.algorithm]:
+        leaf, rows = _chosen(config, lengths.completion, size)
+        found[Tree(trunk, size, leaf, rows)] += config.prompts_per_step
+        if config.tokens == "t-spmo" and config.tspmo_replay:
+            replay = Tree(trunk + lengths.completion, config.tspmo_replay + 1, min(PARTING, lengths.completion), 2)
+            found[replay] += 2 * config.prompts_per_step
+    return found
+
+
+def batches(trees: Counter[Tree], budget: int, in_rows: bool) -> Counter[Batch]:
+    """Micro-batches of at most ``budget`` tokens, as the update packs equal trees, or rows of whole sequences."""
+    found: Counter[Batch] = Counter()
+    for tree, count in trees.items():
+        found += _rows(tree, count, budget) if in_rows else _packs(tree, count, budget)
+    return found
+
+
+def fullest(trees: Counter[Tree], budget: int, in_rows: bool) -> Batch:
+    """The micro-batch to reckon memory with: real lengths differ, so packs fill ``budget`` better than equal trees do,
+    and every term is scaled up to it, as far as the step has as many tokens."""
+    found = []
+    for tree, count in trees.items():
+        packs = batches(Counter({tree: count}), budget, in_rows)
+        step = sum(batch.tokens * number for batch, number in packs.items())
+        found.append(_scaled(max(packs, key=_tokens), budget, step))
+    return max(found, key=_tokens)
+
+
+def last_index(config: RunConfig, completion: int) -> tuple[float, float]:
+    """S-GRPO: tokens of a completion up to its last chosen one, and how many are chosen: expectations.
+
+    With ``k`` and ``in_order`` the ``k``-th chosen one is at about ``alpha + (k - alpha) / p``.
+    """
+    preset = SGRPO_PRESETS["long"]
+    alpha, p, k = (
+        preset[name] if getattr(config, name) is None else getattr(config, name)
+        for name in ("sgrpo_alpha", "sgrpo_p", "sgrpo_k")
+    )
+    leading = min(alpha, completion)
+    end, chosen = float(completion if p else leading), leading + p * (completion - leading)
+    if not k or (config.sgrpo_cap == "length_gate" and completion < k):
+        return end, chosen
+    if config.sgrpo_cap == "length_gate":
+        return leading, leading
+    if k <= leading:
+        return k, k
+    if config.sgrpo_cap == "in_order" and p:
+        # Two standard deviations late, since the longest branch of a group sets the memory.
+        end = min(end, leading + (k - leading) / p + 2 * math.sqrt((k - leading) * (1 - p)) / p)
+    return end, min(k, chosen)
+
+
+def _chosen(config: RunConfig, completion: int, size: int) -> tuple[int, int]:
+    """Tokens of a branch that must be run, and those that learn."""
+    if config.tokens == "s-grpo":
+        end, rows = last_index(config, completion)
+        return max(1, math.ceil(end)), max(1, math.ceil(rows))
+    if config.tokens == "t-spmo":
+        return min(PARTING, completion), max(1, 2 * (size - 1) // size)
+    if config.tokens == "entropy":
+        return completion, math.ceil(completion * config.top_entropy_quantile)
+    return completion, completion
+
+
+def _packs(tree: Tree, count: int, budget: int) -> Counter[Batch]:
+    """Whole trees as many as fit; a tree that does not fit is split between branches, each part with the trunk."""
+    whole = budget // tree.nodes
+    if whole:
+        full, rest = divmod(count, whole)
+        return +Counter({_pack(tree, whole, tree.leaves): full}) + Counter({_pack(tree, rest, tree.leaves): rest > 0})
+    leaves = max(1, (budget - tree.trunk) // tree.leaf)
+    full, rest = divmod(tree.leaves, leaves)
+    return Counter({_pack(tree, 1, leaves): full * count}) + Counter({_pack(tree, 1, rest): count if rest else 0})
+
+
+def _pack(tree: Tree, trees: int, leaves: int) -> Batch:
+    every = trees * leaves
+    tokens = trees * tree.trunk + every * tree.leaf
+    return Batch(tokens, every * tree.rows, (trees, tree.trunk), every, tree.trunk, tree.leaf)
+
+
+def _rows(tree: Tree, count: int, budget: int) -> Counter[Batch]:
+    width = tree.trunk + tree.leaf
+    most = max(1, budget // width)
+    full, rest = divmod(count * tree.leaves, most)
+    sizes = Counter({most: full}) + Counter({rest: 1})
+    return Counter({Batch(n * width, n * tree.rows, (n, width)): times for n, times in sizes.items() if n and times})
+
+
+def _scaled(batch: Batch, budget: int, step: int) -> Batch:
+    factor = max(1.0, min(budget, step) / batch.tokens)
+    runs, length = batch.causal
+    return replace(
+        batch,
+        tokens=round(batch.tokens * factor),
+        rows=round(batch.rows * factor),
+        causal=(runs * factor, length),
+        leaves=batch.leaves * factor,
+    )
+
+
+def _tokens(batch: Batch) -> int:
+    return batch.tokens
