@@ -10,6 +10,7 @@ from igrpo_lite.config import RunConfig
 from igrpo_lite.report.choice import make_screen
 from igrpo_lite.report.screen import Screen
 from igrpo_lite.report.trackers import Trackers
+from igrpo_lite.training.card import fitted, gpu_in_use, measured_peak
 from igrpo_lite.training.interrupt import Interrupt
 from igrpo_lite.training.loop import Trainer
 from igrpo_lite.training.prepare import prepare
@@ -32,6 +33,10 @@ def run(config: RunConfig) -> dict[str, Any]:
 def _train(config: RunConfig, folder: RunFolder, screen: Screen) -> dict[str, Any]:
     started = time.perf_counter()
     screen.message(f"loading {config.data} and {config.model}")
+    card = fitted(config, gpu_in_use(config))
+    config = card.config
+    for note in card.notes:
+        screen.message(note)
     parts = prepare(config)
     trackers = Trackers(
         config.report_to,
@@ -46,6 +51,12 @@ def _train(config: RunConfig, folder: RunFolder, screen: Screen) -> dict[str, An
             trainer = Trainer(config, parts, folder, screen, trackers)
             stop = trainer.run(interrupt)
         summary = _summary(config, folder, trainer, stop, loading)
+        memory = card.comparison(measured_peak(config))
+        if memory is not None:
+            summary["memory"] = memory
+            screen.message(
+                f"memory at most: {memory['measured_gib']:.2f} GiB allocated, planned were {memory['planned_gib']:.2f}"
+            )
         folder.write_json("summary.json", summary)
         screen.finish(summary)
         return summary

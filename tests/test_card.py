@@ -1,0 +1,60 @@
+"""What the planner chooses at a run's start: only what is left open, only what changes no result."""
+
+from __future__ import annotations
+
+import pytest
+
+from igrpo_lite.planning.gpus import GIB, find_gpu
+from igrpo_lite.planning.suggest import CHOSEN
+from igrpo_lite.settings import resolve
+from igrpo_lite.training.card import fitted, gpu_in_use
+
+SETTINGS = {"model": "Qwen/Qwen2-1.5B-Instruct", "data": "gsm8k", "max_completion_length": 512, "load_in_4bit": True}
+
+
+def test_without_a_gpu_nothing_is_planned():
+    config = resolve({"device": "cpu"})
+    assert gpu_in_use(config) is None
+    found = fitted(config, None)
+    assert (found.config, found.notes, found.plan) == (config, (), None)
+    assert found.comparison(5) is None
+
+
+def test_what_is_left_open_is_chosen_so_that_it_fits():
+    config = resolve(SETTINGS)
+    found = fitted(config, find_gpu("t4"))
+    assert found.plan is not None
+    assert found.plan.verdict == "fits"
+    changed = {name for name in type(config).model_fields if getattr(config, name) != getattr(found.config, name)}
+    assert changed
+    assert changed <= set(CHOSEN)
+    assert found.plan.setup.config == found.config
+
+
+@pytest.mark.parametrize("name", ["update_tokens", "max_num_seqs"])
+def test_what_the_user_set_stays(name):
+    config = resolve(SETTINGS | {name: 96})
+    assert getattr(fitted(config, find_gpu("t4")).config, name) == 96
+
+
+def test_a_run_that_cannot_fit_is_told_what_would_help():
+    config = resolve(SETTINGS | {"model": "Qwen/Qwen2.5-7B-Instruct", "load_in_4bit": False})
+    found = fitted(config, find_gpu("t4"))
+    assert found.plan is not None
+    assert found.plan.verdict == "no"
+    assert "may not fit on this GPU; what helps most: --load-in-4bit" in found.notes[-1]
+
+
+def test_an_unknown_model_is_not_planned_but_trained():
+    config = resolve({"model": "someone/unheard-of"})
+    found = fitted(config, find_gpu("t4"))
+    assert found.config == config
+    assert found.plan is None
+    assert found.notes[0].startswith("memory is not planned: ")
+
+
+def test_prediction_and_measurement_are_put_side_by_side():
+    found = fitted(resolve(SETTINGS), find_gpu("t4"))
+    planned = max(phase.allocated for phase in found.plan.phases)
+    assert found.comparison(planned) == {"planned_gib": planned / GIB, "measured_gib": planned / GIB, "ratio": 1.0}
+    assert found.comparison(2 * planned)["ratio"] == 0.5
