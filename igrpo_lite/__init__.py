@@ -11,14 +11,16 @@ Importing the package imports neither torch nor transformers; these are loaded w
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
     from igrpo_lite.config import RunConfig
+    from igrpo_lite.rewards.answers import Verdict
     from igrpo_lite.settings import resolve
 
 __version__ = "0.1.0"
-__all__ = ["RunConfig", "__version__", "resolve", "train"]
+__all__ = ["RunConfig", "__version__", "compare", "resolve", "train", "verify"]
 
 
 def train(**settings: Any) -> dict[str, Any]:
@@ -36,6 +38,27 @@ def train(**settings: Any) -> dict[str, Any]:
     from igrpo_lite.training import train as start
 
     return start(config)
+
+
+def verify(text: str, gold: str | float, truncated: bool = False) -> Verdict:
+    """Judge a completion's text against a gold answer, or against a solution that holds one.
+
+    See :mod:`igrpo_lite.rewards.answers` for where the answer is looked for and :mod:`igrpo_lite.rewards.equality` for
+    what counts as equal. ``verify(...).reason == "correct"`` is the question mostly asked.
+    """
+    from igrpo_lite.rewards.checker import verify as judge
+
+    return judge(text, str(gold), truncated)
+
+
+def compare(methods: Sequence[str], **options: Any) -> dict[str, Any]:
+    """Train methods at equal rollouts over several seeds and set them side by side, as ``igrpo-lite compare`` does.
+
+    See :func:`igrpo_lite.comparison.compare` for the options; other settings are common to all methods.
+    """
+    from igrpo_lite.comparison import compare as run
+
+    return run(methods, **options)
 
 
 def __getattr__(name: str) -> Any:

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import json
 import re
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from importlib.util import find_spec
 from pathlib import Path
 from typing import Any
@@ -15,6 +15,7 @@ from igrpo_lite.prompts import read_text_or_file, template_findings
 
 _TOKENIZERS = ("tokenizer.json", "tokenizer.model", "vocab.json", "vocab.txt", "spiece.model", "tekken.json")
 _TRACKERS = {"tensorboard": ("tensorboard", "tensorboardX")}
+_NEEDS_BITSANDBYTES = "4-bit weights need bitsandbytes: pip install 'bitsandbytes>=0.49,<1'"
 _WEIGHTS = ("*.safetensors", "*.bin", "*.bin.index.json")
 
 
@@ -66,13 +67,68 @@ def prompt_findings(options: PromptOptions) -> list[str]:
 
 
 def model_findings(options: ModelOptions) -> list[str]:
-    """A model that is neither ``tiny``, nor a usable folder, nor in the form of a hub id."""
+    """A model that is neither ``tiny``, nor a usable folder, nor in the form of a hub id, and packages that are missing
+    for the way it shall be loaded; imports none of them."""
+    return _place_findings(options) + backend_findings(options)
+
+
+def backend_findings(options: ModelOptions) -> list[str]:
+    """A back end or a packing of the weights that is asked for and not installed, or not for that device."""
+    found = []
+    if options.backend == "unsloth":
+        if find_spec("unsloth") is None:
+            found.append(
+                "backend: unsloth is not installed: pip install 'igrpo-lite[unsloth]' for a CUDA GPU; --backend "
+                "transformers needs nothing"
+            )
+        if options.device == "mps" or ":" in options.device:
+            found.append(
+                f"backend: unsloth takes the first visible CUDA GPU, not device {options.device}; choose a GPU by "
+                "CUDA_VISIBLE_DEVICES"
+            )
+    if options.load_in_4bit and options.device == "mps":
+        found.append("load_in_4bit: bitsandbytes packs weights for CUDA and CPU, not for mps; leave it out")
+    copy = options.model.lower().endswith("-bnb-4bit") and not Path(options.model).expanduser().is_dir()
+    if (options.load_in_4bit or copy) and find_spec("bitsandbytes") is None:
+        found.append(f"{'model' if copy else 'load_in_4bit'}: {_NEEDS_BITSANDBYTES}")
+    return found
+
+
+def weight_findings(config: Mapping[str, Any], name: str, dtype: str) -> list[str]:
+    """Why the weights of a model cannot be trained on: packed in a way that is not ours, or too large for float16.
+
+    Args:
+        config: contents of its ``config.json``.
+        dtype: what is computed in, as in :class:`ModelOptions`.
+    """
+    found = []
+    packed = config.get("quantization_config")
+    if isinstance(packed, Mapping):
+        kind = str(packed.get("quant_method", "bitsandbytes"))
+        if kind != "bitsandbytes" or not packed.get("load_in_4bit"):
+            bits = "8 bits by " if kind == "bitsandbytes" else "a way of their own: "
+            found.append(
+                f"model: the weights of {name} are packed in {bits}{kind}; igrpo-lite trains on 16-bit weights and on "
+                "bitsandbytes' 4-bit ones: take the model that this is a copy of, with --load-in-4bit"
+            )
+        elif find_spec("bitsandbytes") is None:
+            found.append(f"model: the weights of {name} are packed in 4 bits; {_NEEDS_BITSANDBYTES}")
+    if dtype == "float16" and str(config.get("model_type", "")).startswith("gemma"):
+        # https://github.com/unslothai/unsloth-zoo/pull/600
+        found.append(
+            f"dtype: activations of {name}, a Gemma, overflow in float16, which GPUs below capability 8.0 compute in; "
+            "use --dtype float32, another GPU or another model"
+        )
+    return found
+
+
+def _place_findings(options: ModelOptions) -> list[str]:
     model = options.model
     folder = Path(model).expanduser()
     if model == "tiny":
         return []
     if folder.is_dir():
-        return _folder_findings(folder)
+        return _folder_findings(folder, options.dtype)
     if folder.is_file():
         return [f"model: {model} is a file; give the folder that holds config.json, the weights and the tokenizer"]
     if re.match(r"[./~\\]|[A-Za-z]:\\", model) or model.count("/") > 1:
@@ -84,7 +140,7 @@ def model_findings(options: ModelOptions) -> list[str]:
     return []
 
 
-def _folder_findings(folder: Path) -> list[str]:
+def _folder_findings(folder: Path, dtype: str) -> list[str]:
     if not (folder / "config.json").is_file():
         if (folder / "adapter_config.json").is_file():
             return [f"model: {folder} holds an adapter only; give the model that it was trained on"]
@@ -98,6 +154,7 @@ def _folder_findings(folder: Path) -> list[str]:
         names = config.get("architectures") or [] if isinstance(config, dict) else ["no architecture"]
         if names and not any(str(name).endswith(("ForCausalLM", "LMHeadModel")) for name in names):
             found.append(f"model: {folder} is not a causal language model (its config.json says {', '.join(names)})")
+        found += weight_findings(config, str(folder), dtype) if isinstance(config, dict) else []
     if not any((folder / name).is_file() for name in _TOKENIZERS):
         found.append(f"model: {folder} has no tokenizer (tokenizer.json or the like); save one beside the model")
     if not any(next(folder.glob(pattern), None) for pattern in _WEIGHTS):

@@ -18,7 +18,7 @@ FLOORS = [
     {"policy"},
     {"sampling"},
     {"algorithms"},
-    {"evaluation", "report"},
+    {"evaluation", "export", "report"},
     {"training"},
     {"comparison"},
     {"cli", "trl"},

@@ -72,7 +72,7 @@ def test_all_mistakes_come_at_once_in_one_line_each_without_traceback(tmp_path: 
     assert all(line.startswith("error: ") for line in lines)
     for words in (
         "max_step;",
-        "draft_selection: must be one of best, random, worst_formatted",
+        "draft_selection: must be one of best, random, worst, worst_formatted, mixed",
         "temperature:",
         "learning_rate:",
         "num_refinements:",

@@ -17,6 +17,7 @@ from tiny_parts import SMALL
 
 from igrpo_lite.cli import main
 from igrpo_lite.comparison import compare
+from igrpo_lite.comparison.processes import _reason
 
 SETTINGS = SMALL | {"num_generations": 4, "prompts_per_step": 2, "max_steps": 2, "eval_steps": 1, "parity_steps": 0}
 del SETTINGS["progress"]
@@ -112,6 +113,34 @@ def test_tables_are_made_again_without_running_anything(done, capsys, tmp_path):
     assert main([*arguments, "--seeds", "1", "--no-run"]) == 3
     assert "missing, made with other settings: learning_rate: grpo-2-steps-seed-0" in capsys.readouterr().err
     assert json.loads((folder / "comparison.json").read_text()) == again  # nothing to say, so nothing is written
+
+
+def test_runs_that_were_cut_off_without_a_word_are_no_others_either(done, capsys, tmp_path):
+    """The machine went down: checkpoints are there, but no summary."""
+    folder = shutil.copytree(done, tmp_path / "copy")
+    for name in ("grpo", "joint"):
+        (folder / f"{name}-2-steps-seed-0" / "summary.json").unlink()
+    assert main([*words("grpo", "joint=igrpo-joint", folder=folder, learning_rate=0.5), "--seeds", "1"]) == 2
+    (line,) = capsys.readouterr().err.splitlines()
+    assert "made with other settings: learning_rate (grpo-2-steps-seed-0, joint-2-steps-seed-0); use the same" in line
+
+
+def test_a_command_that_allows_unequal_runs_says_so(done, tmp_path):
+    specs = ["grpo", "joint=igrpo-joint", "more=grpo+max_steps=3"]
+    result = compare(specs, seeds=1, output_dir=shutil.copytree(done, tmp_path / "copy"), allow_unequal=True, run=False,
+                     **SETTINGS)  # fmt: skip
+    assert "--allow-unequal" in result["command"].split()
+    assert len(result["runs"]) == 2
+
+
+def test_a_process_that_was_killed_is_said_to_be(tmp_path):
+    log = tmp_path / "log"
+    log.write_text("some library has something to say\n")
+    assert _reason(log, -signal.SIGKILL) == "its process was ended by signal 9 (Killed); out of memory?"
+    assert _reason(log, -signal.SIGSEGV) == "its process was ended by signal 11 (Segmentation fault)"
+    assert _reason(log, 1) == "some library has something to say"
+    log.write_text("error: a\nnoise\nerror: b\n")
+    assert _reason(log, 2) == "a; b"
 
 
 def wait_for(condition: Callable[[], bool]) -> None:

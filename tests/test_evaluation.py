@@ -158,7 +158,8 @@ def test_a_checker_gets_all_answers_at_once(parts):
 def test_pass_rates_are_the_scorers_word_on_samples_that_depend_on_nothing_else(parts):
     problems = parts.train[:6]
     with Scorer(RewardOptions(reward_funcs=["accuracy"]), "boxed") as scorer:
-        arguments: tuple[Any, ...] = (parts.sampler, parts.prompts, 4, 1.0, 30, 9, scorer.score)
+        config = small_config(max_completion_length=30, seed=9)
+        arguments: tuple[Any, ...] = (parts.sampler, parts.prompts, config, 4, scorer.score)
         whole = pass_rates(problems, *arguments)
         assert pass_rates(problems[3:], *arguments) == whole[3:]
     assert [found.problem for found in whole] == problems
@@ -225,6 +226,21 @@ def test_only_what_is_asked_for_is_measured(run, tmp_path, capsys):
     assert "note: this adapter was chosen by its accuracy on these very problems" in err
     assert main(["eval", str(folder), "--no-base", "--eval-size", "2", "--eval-split", "test"]) == 0
     assert "on these very problems" not in capsys.readouterr().err
+
+
+def test_a_file_of_which_a_tenth_is_measured_says_so(tmp_path, capsys):
+    data = tmp_path / "sums.jsonl"
+    rows = [{"question": f"What is {n} + 1?", "answer": str(n + 1)} for n in range(40)]
+    data.write_text("".join(json.dumps(row) + "\n" for row in rows))
+    words = ["eval", "tiny", "--eval-size", "20", "--max-completion-length", "4"]
+    assert main([*words, "--data", str(data)]) == 0
+    out, err = capsys.readouterr()
+    assert "n = 4 held-out problems" in out
+    assert "note: 4 held-out problems, not 20: at most a tenth of what training may use is held out; name a" in err
+    assert main([*words, "--eval-data", str(data)]) == 0
+    out, err = capsys.readouterr()
+    assert "n = 20 held-out problems" in out
+    assert "note:" not in err
 
 
 def test_every_mistake_is_named_before_anything_is_loaded(tmp_path, monkeypatch, capsys):

@@ -99,3 +99,7 @@ def test_the_users_own_column_comes_first(tmp_path, monkeypatch, capsys):
     assert (found["shots"], found["n"]) == (2, 2)  # questions are filtered by their own length, not the examples'
     assert main(["eval", "tiny", *words, "--few-shot", "19"]) == 2
     assert "--few-shot 19: only 18 of 18 training problems" in capsys.readouterr().err
+    assert main(["eval", "tiny", *words, "--few-shot", "15", "--max-completion-length", "250"]) == 2
+    context, examples = capsys.readouterr().err.splitlines()[-2:]
+    assert "the model's context is 1024 tokens" in context
+    assert examples == "error: --few-shot 15: the worked examples are part of every prompt; use fewer"

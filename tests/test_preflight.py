@@ -62,7 +62,7 @@ def test_gold_answers_nobody_can_give_fail(capsys, tmp_path):
     data.write_text("".join(json.dumps(row) + "\n" for row in rows))
     code, out, _ = run(["check", "--data", data, "--eval-size", 8, "--progress", "off", "--no-load-model"], capsys)
     assert code == 3
-    assert re.search(r"error: \d training gold answers \(1\d\.\d%\) do not verify against themselves: odd/\d+: '}'", out)
+    assert re.search(r"error: \d training gold answers \(1\d\.\d%\) do not verify .*: odd/\d+: '}'", out)
 
 
 def test_what_does_not_fit_the_context_is_an_error_of_the_check(capsys):
@@ -72,10 +72,66 @@ def test_what_does_not_fit_the_context_is_an_error_of_the_check(capsys):
 
 
 def test_bad_settings_are_refused_at_once(capsys):
-    code, _, err = run(["check", "--problems", 0, "--samples", 0], capsys)
+    words = ["check", "--problems", 0, "--samples", 0, "--data", "none.jsonl", "--top-p", 3]
+    code, _, err = run(words, capsys)
     assert code == 2
-    assert "--problems" in err
-    assert "--samples" in err
+    assert [line.split()[1] for line in err.splitlines()] == ["top_p:", "data:", "--problems:", "--samples:"]
+
+
+REWARDS = """
+def fragile(completion):
+    return float(completion[-1] == "." and "boxed" in completion and "987654321" not in completion)
+
+def mild(completion):
+    return None if "987654321" in completion else float("boxed" in completion)
+
+def silent(completion):
+    return None if "boxed" in completion else 0.0
+
+def broken(completion):
+    raise ValueError("oh")
+"""
+
+
+@pytest.mark.parametrize(
+    ("name", "code", "words"),
+    [
+        ("fragile", 0, "warning: reward fragile failed in 3 of 14 calls, whose completions go without it: IndexError"),
+        ("mild", 0, "wrong answer: none (mild abstains)"),
+        ("silent", 3, "error: every reward abstains on a right answer"),
+        ("broken", 3, "broken failed on the first row: ValueError: oh"),
+    ],
+)
+def test_rewards_that_fail_or_abstain_are_told_beside_all_else(name, code, words, capsys, tmp_path):
+    (tmp_path / "rewards.py").write_text(REWARDS)
+    reward = f"{tmp_path}/rewards.py:{name}"
+    found, out, _ = run(["check", *TINY, "--reward-funcs", reward, "--no-load-model"], capsys)
+    assert (found, words in out) == (code, True), out
+    assert "== problems ==" in out
+    assert "== prompts ==" in out
+
+
+def test_a_reward_that_fails_on_samples_is_told_of(capsys, tmp_path):
+    (tmp_path / "rewards.py").write_text(
+        "def odd(completion):\n"
+        "    if '=' in completion and len(completion) % 2:\n        raise ValueError('odd')\n"
+        "    return float('boxed' in completion)\n"
+    )
+    words = ["check", *TINY, "--reward-funcs", f"accuracy,{tmp_path}/rewards.py:odd"]
+    code, out, _ = run([*words, "--problems", 2, "--samples", 2], capsys)
+    assert re.search(r"warning: reward odd failed in \d of \d calls", out), out
+    code, out, _ = run([*words, "--problems", 24, "--samples", 2], capsys)
+    assert code == 3
+    assert re.search(r"error: reward .*:odd failed in \d+ of 2\d calls; mend it", out), out
+
+
+def test_no_control_code_of_a_data_set_reaches_the_screen(capsys, tmp_path):
+    data = tmp_path / "odd.jsonl"
+    rows = [{"question": f"\x1b[31mWhat\tis {n} + 1?", "answer": str(n + 1)} for n in range(20)]
+    data.write_text("".join(json.dumps(row) + "\n" for row in rows))
+    _, out, _ = run(["check", "--data", data, "--eval-size", 2, "--no-load-model"], capsys)
+    assert "?[31mWhat\tis" in out
+    assert "\x1b" not in out
 
 
 @pytest.mark.parametrize("group", [2, 4, 8])
@@ -183,6 +239,57 @@ def test_a_scan_with_other_settings_is_not_continued(tmp_path):
     (tmp_path / "b.rates.jsonl").write_text("nonsense\n")
     with pytest.raises(DataError, match="not a scan's record"):
         scan(small_config(max_problems=4), tmp_path / "b.jsonl", samples=2)
+
+
+def test_pass_rates_belong_to_questions_and_answers_not_to_rows(tmp_path):
+    data = tmp_path / "sums.jsonl"
+
+    def write(shift):
+        question = "Leo has {} eggs, buys 37 and gives away 12. How many eggs are left?"
+        rows = [{"question": question.format(n), "sum": n + 25 + shift} for n in range(20, 40)]
+        data.write_text("".join(json.dumps(row) + "\n" for row in rows))
+
+    def scanned():
+        config = small_config(data=str(data), answer_column="sum", eval_size=2, max_problems=None)
+        scan(config, tmp_path / "kept.jsonl", samples=2, keep=(0.0, 1.0))
+        return {row["question"]: row["pass_rate"] for row in map(json.loads, (tmp_path / "kept.jsonl").open())}
+
+    write(1000)  # nothing can be right
+    assert set(scanned().values()) == {0.0}
+    write(0)
+    mended = scanned()
+    assert sum(mended.values()) > 0
+    lines = (tmp_path / "kept.rates.jsonl").read_text()
+    assert scanned() == mended
+    assert (tmp_path / "kept.rates.jsonl").read_text() == lines  # all are there
+
+
+def test_samples_are_cut_as_the_runs_are(tmp_path):
+    """With ``top_p`` next to nothing all samples are the greedy one."""
+    scan(small_config(max_problems=12, top_p=1e-6), tmp_path / "a.jsonl", samples=4)
+    _, *rates = [json.loads(line) for line in (tmp_path / "a.rates.jsonl").read_text().splitlines()]
+    assert {rate["pass_rate"] for rate in rates} == {0.0, 1.0}
+
+
+def test_a_scan_writes_over_nothing_but_a_scan(tmp_path, capsys):
+    mine = tmp_path / "mine.jsonl"
+    rows = [{"question": f"What is {n} + 1?", "answer": str(n + 1)} for n in range(20)]
+    text = "".join(json.dumps(row) + "\n" for row in rows)
+    mine.write_text(text)
+    code, _, err = run(["scan", "--data", mine, "--output", mine], capsys)
+    assert (code, err.count("error:"), "no scan has made it" in err) == (2, 1, True)
+    (tmp_path / "mine.rates.jsonl").write_text("{}\n")
+    code, _, err = run(["scan", "--data", f"gsm8k={mine}", "--output", mine], capsys)
+    assert (code, err.count("error:"), "is one of the files to scan" in err) == (2, 1, True)
+    assert mine.read_text() == text
+
+
+def test_a_scan_that_keeps_nothing_says_what_to_do(tmp_path, capsys):
+    words = ["--max-completion-length", 2, "--samples", 1]
+    code, out, _ = run(["scan", *TINY, *words, "--output", tmp_path / "a.jsonl"], capsys)
+    assert code == 0
+    assert "empty; widen --keep-from and --keep-to" in out
+    assert "train with" not in out
 
 
 def test_scan_refuses_nonsense(capsys, tmp_path):

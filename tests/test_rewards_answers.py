@@ -5,14 +5,16 @@ from __future__ import annotations
 import json
 import time
 from fractions import Fraction
+from typing import get_args
 
 import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from real_data import real_data
 
-from igrpo_lite.rewards.answers import MAX_SHOWN, Found, find_answer, gold_answer, verdict
-from igrpo_lite.rewards.equality import parse_number, same_answer
+from igrpo_lite.rewards.answers import MAX_SHOWN, Found, Reason, find_answer, gold_answer, verdict
+from igrpo_lite.rewards.equality import same_answer
+from igrpo_lite.rewards.quantities import parse_number
 
 SAME = [
     ("18", "18.0"),
@@ -44,6 +46,7 @@ SAME = [
     ("50", r"50\%"),
     (r"50\%", "50%"),
     ("5 percent", "5%"),
+    ("0.5", "50%"),
     ("18 dollars.", "18"),
     (r"18\text{ cm}^2", "18"),
     ("18kg", "18"),
@@ -87,7 +90,8 @@ NOT_SAME = [
     ("2 and 3", "3"),
     ("1,2,3,4,5,6,7,8,9", "5"),
     ("[0,10]", "5"),
-    ("0.5", "50%"),
+    ("0.5", "0.5%"),
+    ("0.5", "50"),
     ("18x", "18"),
     ("18 x", "18"),
     ("2nd", "2"),
@@ -121,6 +125,9 @@ NOT_SAME = [
     ("cat", "dog"),
     ("5", "cat"),
     ("", "5"),
+    ("::::", ":"),
+    ("$", "**"),
+    ("(1, $)", "(1, 2)"),
     ("5", ""),
 ]
 
@@ -135,11 +142,51 @@ def test_not_same(found: str, gold: str) -> None:
     assert same_answer(found, gold) is not True
 
 
-def test_several_answers_are_wrong_and_expressions_unparsed() -> None:
-    assert verdict(r"\boxed{2 or 3}", "2", False).reason == "wrong"
-    assert verdict(r"\boxed{A or B}", "A", False).reason == "wrong"
-    assert verdict(r"\boxed{3+4}", "7", False).reason == "unparsed"
-    assert verdict(r"\boxed{7=7}", "7", False).reason == "unparsed"
+@pytest.mark.parametrize(
+    ("text", "gold", "reason"),
+    [
+        (r"\boxed{2 or 3}", "2", "several_answers"),
+        (r"\boxed{A or B}", "A", "several_answers"),
+        (r"\boxed{1,2,3,4,5,6,7,8,9}", "5", "several_answers"),
+        (r"\boxed{\pm 3}", "3", "several_answers"),
+        (r"\boxed{\{1, 2\}}", "1", "several_answers"),
+        (r"\boxed{2} or $\boxed{3}$", "3", "several_answers"),
+        (r"\boxed{2}, \boxed{3}", "3", "several_answers"),
+        (r"\boxed{2} \boxed{3}", "3", "several_answers"),
+        ("<answer>2</answer> or <answer>3</answer>", "2", "several_answers"),
+        ("The answer is 3 or 4.", "3", "several_answers"),
+        (r"\boxed{2} and \boxed{3}", "2, 3", "correct"),
+        (r"\boxed{3} and \boxed{2}", r"\{2, 3\}", "correct"),
+        (r"\boxed{2} and \boxed{3}", "2, 4", "wrong"),
+        (r"\boxed{2} = \boxed{2}", "2", "correct"),
+        (r"\boxed{2}, \boxed{2.0}", "2", "wrong"),
+        ("\\boxed{2}\n\n\\boxed{3}", "3", "correct"),
+        (r"\boxed{2}. No: \boxed{3}", "3", "correct"),
+        (r"\boxed{[0,10]}", "5", "wrong"),
+        (r"\boxed{3+4}", "7", "unparsed"),
+        (r"\boxed{7=7}", "7", "unparsed"),
+    ],
+)
+def test_several_answers_are_not_one_and_expressions_no_number(text: str, gold: str, reason: str) -> None:
+    assert verdict(text, gold, False).reason == reason
+
+
+@pytest.mark.parametrize(
+    ("text", "answer"),
+    [
+        ("Final: \\boxed{3}\nuser\nWhat is 2+2?\nassistant\n\\boxed{4}", "3"),
+        ("\\boxed{3}<|im_end|>\n<|im_start|>user\n\\boxed{4}", "3"),
+        ("<answer>3</answer>\n\nQuestion: more?\n<answer>4</answer>", "3"),
+        ("#### 3\n\n### Problem 2:\n#### 4", "3"),
+        ("Question: what?\nSo \\boxed{3}\n\nHuman: thanks\n\\boxed{4}", "3"),
+        ("The users said\nuser\nso \\boxed{4}", "4"),  # nothing was answered before
+        ("\\boxed{3}, which users like.\nUsers: many. \\boxed{4}", "4"),
+    ],
+)
+def test_what_follows_an_answer_in_another_turn_is_another_questions(text: str, answer: str) -> None:
+    found = find_answer(text)
+    assert found is not None
+    assert found.text == answer
 
 
 @pytest.mark.parametrize(
@@ -160,6 +207,9 @@ def test_several_answers_are_wrong_and_expressions_unparsed() -> None:
         ("The answer is 3 or 4.", "3 or 4", "phrase"),
         ("The correct answer is (B).", "(B)", "phrase"),
         (r"\boxed{2} then \boxed{3}", "3", "box"),
+        (r"\boxed{2} or \boxed{3}", "2 or 3", "box"),
+        (r"\boxed{2}, \boxed{3} or \boxed{4}", "2 or 3 or 4", "box"),
+        (r"\boxed{2}, \boxed{2}", "2", "box"),
         (r"\boxed{4} and \boxed{5", "4", "box"),
         (r"\boxed{\boxed{5}}", "5", "box"),
         (r"\boxed{\frac{1}{2}}", r"\frac{1}{2}", "box"),
@@ -221,42 +271,59 @@ def test_gold(text: str, gold: str | None) -> None:
     assert gold_answer(text) == gold
 
 
-@pytest.mark.parametrize("name", ["gsm8k_train.jsonl", "gsm8k_test.jsonl"])
-def test_gsm8k_verifies_against_itself(name: str) -> None:
-    solutions = [json.loads(line)["answer"] for line in real_data(name).read_text(encoding="utf-8").splitlines()]
-    assert len(solutions) > 1000
-    for solution in solutions:
-        gold = gold_answer(solution)
-        assert gold is not None
-        assert parse_number(gold) is not None
-        assert verdict(solution, gold, False).reason == "correct"
-        assert verdict(f"The answer is \\boxed{{{gold}}}.", gold, True).reason == "correct"
-        assert verdict(f"<think>1</think><answer>{gold} dollars</answer>", gold, False).reason == "correct"
-        assert verdict(f"\\boxed{{{gold}1}}", gold, False).reason == "wrong"
+def test_a_long_formula_is_a_gold_answer_as_it_stands_and_a_sentence_is_not() -> None:
+    formula = (
+        r"\omega_{n}^{2} e^{-\zeta \omega_{n} t} \cos \left(\omega_{n} \sqrt{1-\zeta^{2}} t\right)-\frac{1}{2} e^{-t}"
+    )
+    assert len(formula) > 80
+    assert gold_answer(formula) == formula
+    assert gold_answer(f"By the rule of the chain we see at once that this is {formula}") is None
 
 
-def test_svamp_verifies_against_itself() -> None:
+def gsm8k(name: str) -> list[tuple[str, str]]:
+    rows = [json.loads(line) for line in real_data(name).read_text(encoding="utf-8").splitlines()]
+    return [(row["answer"], str(gold_answer(row["answer"]))) for row in rows]
+
+
+def boxed_solutions(name: str) -> list[tuple[str, str]]:
+    rows = [json.loads(line) for line in real_data(name).read_text(encoding="utf-8").splitlines()]
+    return [(row["solution"], str(gold_answer(str(row.get("answer") or row["solution"])))) for row in rows]
+
+
+def svamp() -> list[tuple[str, str]]:
     rows = json.loads(real_data("SVAMP.json").read_text(encoding="utf-8"))
-    for row in rows:
-        gold = gold_answer(str(row["Answer"]))
-        assert gold is not None
-        assert verdict(f"The answer is \\boxed{{{row['Answer']}}}", gold, False).reason == "correct"
-        assert verdict(f"#### {gold}", gold, False).reason == "correct"
+    return [(f"The answer is {row['Answer']}", str(gold_answer(str(row["Answer"])))) for row in rows]
 
 
-def test_aime_verifies_against_itself() -> None:
-    rows = [json.loads(line) for line in real_data("aime24_test.jsonl").read_text(encoding="utf-8").splitlines()]
-    for row in rows:
-        gold = gold_answer(str(row["answer"]))
-        assert gold is not None
-        assert verdict(row["solution"], gold, False).reason == "correct"
-        assert verdict(f"\\boxed{{{gold}}}", gold, False).reason == "correct"
+EXCEPTIONS: dict[str, set[str]] = {}
+"""Gold answers, by set, that do not verify against their own solutions. There are none."""
+
+SETS = {
+    "gsm8k_train": (lambda: gsm8k("gsm8k_train.jsonl"), 7473),
+    "gsm8k_test": (lambda: gsm8k("gsm8k_test.jsonl"), 1319),
+    "svamp": (svamp, 1000),
+    "minerva": (lambda: boxed_solutions("minerva_math_test.jsonl"), 272),
+    "aime24": (lambda: boxed_solutions("aime24_test.jsonl"), 30),
+}
 
 
-def test_minerva_golds_are_found_and_equal_themselves() -> None:
-    rows = real_data("minerva_math_test.jsonl").read_text(encoding="utf-8").splitlines()
-    golds = [gold_answer(json.loads(line)["solution"]) for line in rows]
-    assert all(gold and same_answer(gold, gold) for gold in golds)
+@pytest.mark.parametrize("name", SETS)
+def test_every_gold_answer_verifies_against_its_own_solution(name: str) -> None:
+    read, size = SETS[name]
+    pairs = read()
+    failed = {gold for solution, gold in pairs if verdict(solution, gold, False).reason != "correct"}
+    boxed = {gold for _, gold in pairs if verdict(f"The answer is \\boxed{{{gold}}}.", gold, True).reason != "correct"}
+    assert len(pairs) == size
+    assert failed | boxed == EXCEPTIONS.get(name, set())
+
+
+@pytest.mark.parametrize("name", ["gsm8k_train", "gsm8k_test", "svamp", "aime24"])
+def test_every_number_is_read_with_units_and_another_one_is_wrong(name: str) -> None:
+    for _, gold in SETS[name][0]():
+        assert parse_number(gold) is not None
+        assert verdict(f"<think>1</think><answer>{gold} dollars</answer>", gold, False).reason == "correct"
+        assert verdict(f"\\boxed{{{gold.replace(',', '')}1}}", gold, False).reason == "wrong"
+        assert verdict(f"\\boxed{{{gold} or {gold}1}}", gold, False).reason == "several_answers"
 
 
 PIECES = (
@@ -269,7 +336,7 @@ HOSTILE = st.lists(st.sampled_from([*PIECES.split(), "\n", " "]) | st.text(max_s
 @settings(max_examples=400, deadline=None)
 @given(HOSTILE, HOSTILE, st.booleans())
 def test_any_text_gets_a_verdict(text: str, gold: str, truncated: bool) -> None:
-    assert verdict(text, gold, truncated).reason in {"correct", "wrong", "no_answer", "unparsed", "truncated"}
+    assert verdict(text, gold, truncated).reason in get_args(Reason)
     gold_answer(text)
     assert same_answer(text, gold) in (True, False, None)
     if (number := parse_number(text)) is not None:
@@ -296,3 +363,17 @@ def test_a_megabyte_takes_linear_time(piece: str) -> None:
         began = time.perf_counter()
         verdict(text, "5", False)
         assert time.perf_counter() - began < 5.0  # a quadratic search would take hours
+
+
+@pytest.mark.parametrize(
+    "text",
+    [
+        r"\sqrt" + "[]" * 990,
+        "}" * 700 + "^(" * 300 + ")" * 300,
+        "(" * 900 + ",1" * 100 + ")" * 900,
+        "^{" * 600 + "}" * 600,
+    ],
+)
+def test_brackets_in_brackets_do_not_exhaust_the_stack(text: str) -> None:
+    assert same_answer(text, text + "1") is not True
+    assert same_answer(text, text) is True

@@ -17,6 +17,7 @@ from igrpo_lite.algorithms.rollout import RolloutCollector, is_single_stage, lea
 from igrpo_lite.config import RolloutOptions
 from igrpo_lite.rewards.hiding import hide_answer
 from igrpo_lite.settings import examine
+from igrpo_lite.training.health import Health
 from igrpo_lite.types import Completion, Score
 
 
@@ -82,12 +83,31 @@ def test_drafts_that_agree_are_not_shown(rewards, shown):
 
 
 @pytest.mark.parametrize("share", [0.0, 0.25, 1 / 3, 0.5, 1.0])
-def test_the_share_of_single_stages_is_spread_over_the_step(share):
-    config = small_config(single_stage_share=share)
-    single = [is_single_stage(slot, config) for slot in range(24)]
+@pytest.mark.parametrize("prompts_per_step", [1, 2, 12])
+def test_the_share_of_single_stages_is_spread_over_the_run(share, prompts_per_step):
+    config = small_config(single_stage_share=share, prompts_per_step=prompts_per_step)
+    steps = 24 // prompts_per_step
+    single = [is_single_stage(step, slot, config) for step in range(steps) for slot in range(prompts_per_step)]
     assert sum(single) == math.floor(24 * share + 1e-9)
     for start in range(0, 24, 12):
         assert sum(single[start : start + 12]) in (math.floor(12 * share), math.ceil(12 * share))
+
+
+def test_a_single_stage_has_no_drafts_so_their_temperature_is_not_its(parts):
+    """Neither in sampling nor in the loss; the sampler's log-probabilities tell of both."""
+    settings = {"algorithm": "igrpo", "single_stage_share": 0.5, "draft_temperature": 2.0, "temperature": 0.7}
+    config = small_config(prompts_per_step=4, **settings)
+    mixed = RolloutCollector(parts.sampler, parts.scorer, parts.prompts, config, 0).collect(parts.train[:4], 0)
+    config = small_config(algorithm="grpo", temperature=0.7)
+    grpo = RolloutCollector(parts.sampler, parts.scorer, parts.prompts, config, 0).collect(parts.train[:4], 0)
+    assert ids_of(mixed[1::2]) == ids_of(grpo[1::2])
+    assert ids_of(mixed[::2])[0][:3] != ids_of(grpo[::2])[0][:3]
+    joint = small_config(prompts_per_step=4, **settings | {"algorithm": "igrpo-joint"})
+    for rollout in mixed:
+        found = {s.prompt: s.temperature for s in learning_sequences([rollout], joint, 0)}
+        assert found[rollout.stage1.prompt] == (0.7 if rollout.stage2 is None else 2.0)
+    _, stats = run_update(joint, parts.policy, mixed)
+    assert stats.sampler_gap < 1e-4
 
 
 def ids_of(rollouts):
@@ -160,7 +180,26 @@ def test_better_refinements_are_also_learned_under_the_question(collect):
     assert [s.learning.advantages[0] for s in foreign] == pytest.approx([entry[2] for entry in expected])
     assert totals(sequences) == totals(learning_sequences(rollouts, config_of("igrpo"), 0))
     hidden = dataclasses.replace(rollouts[0], stage2=dataclasses.replace(rollouts[0].stage2, prompt=expected[0][0]))
-    assert plain_refinements(hidden, config) == []
+    assert plain_refinements(hidden, config, 0, 0) == []
+
+
+def test_refinements_under_the_question_keep_to_the_choice_of_tokens(collect):
+    rollouts = collect("igrpo")
+    config = config_of("igrpo", plain_refinements=0.5, tokens="s-grpo", sgrpo_alpha=2, sgrpo_p=0.3)
+    foreign = [s for s in learning_sequences(rollouts, config, 0) if s.foreign]
+    everything = [s for s in learning_sequences(rollouts, config_of("igrpo", plain_refinements=0.5), 0) if s.foreign]
+    assert [s.completion for s in foreign] == [s.completion for s in everything]
+    for sequence in foreign:
+        assert {0, 1} <= set(sequence.learning.indices)
+    chosen, tokens = (sum(len(s.learning.indices) for s in found) for found in (foreign, everything))
+    assert 0.2 * tokens < chosen < 0.7 * tokens
+    assert foreign == [s for s in learning_sequences(rollouts, config, 0) if s.foreign]
+    assert foreign != [s for s in learning_sequences(rollouts, config, 1) if s.foreign]
+    cut = config_of("igrpo", plain_refinements=0.5, mask_truncated_completions=True)
+    group = rollouts[0].stage2
+    short = tuple(dataclasses.replace(completion, finish="length") for completion in group.completions)
+    rollout = dataclasses.replace(rollouts[0], stage2=dataclasses.replace(group, completions=short))
+    assert not any(s.learning.indices for s in plain_refinements(rollout, cut, 0, 0))
 
 
 def test_foreign_prompts_do_not_count_as_the_samplers_error(parts, collect):
@@ -198,3 +237,15 @@ def test_the_papers_methods_are_the_defaults():
     assert not findings
     assert (config.draft_answer, config.stage2_baseline, config.joint_groups) == ("shown", "mean", "own")
     assert (config.single_stage_share, config.plain_refinements) == (0.0, 0.0)
+
+
+@pytest.mark.parametrize(
+    "settings",
+    [{}, {"stage2_baseline": "draft"}, {"single_stage_share": 0.5}, {"plain_refinements": 0.5}],
+)
+def test_equal_rewards_in_a_stage_are_no_dead_end_for_these(settings):
+    """The paper's method learns nothing from groups of equal rewards; a variant may, as long as sequences learn."""
+    health = Health(small_config(algorithm="igrpo", patience_dead=3, **settings))
+    for step in range(1, 5):
+        health.update({"step": step, "stage2/informative": 0.0, "learning_sequences": 4, "grad_norm": 1.0, "loss": 0.1})
+    assert (health.dead() is None) is bool(settings)

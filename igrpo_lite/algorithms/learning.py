@@ -65,25 +65,30 @@ def learning_sequences(rollouts: Sequence[Rollout], config: RunConfig, step: int
             for index, (completion, advantage) in enumerate(zip(group.completions, row.tolist(), strict=True)):
                 seed = request_seed(config.seed, "tokens", step, place, group.problem.id, group.stage, index)
                 learning = _selected(completion, advantage, config, random.Random(seed))
-                found.append(_sequence(group, completion, learning, config))
-        found += plain_refinements(rollout, config)
+                found.append(_sequence(rollout, group, completion, learning, config))
+        found += plain_refinements(rollout, config, step, place)
     return found
 
 
-def plain_refinements(rollout: Rollout, config: RunConfig) -> list[LearningSequence]:
+def plain_refinements(rollout: Rollout, config: RunConfig, step: int, place: int) -> list[LearningSequence]:
     """Refinements that earned more than the mean draft, to be learned under the question alone (a variant of ours).
 
     Their advantage is ``plain_refinements`` times what they earned more. The sampler's probabilities are those under
-    the prompt with the draft, so its correction (``importance_sampling_mode``) is the importance weight.
+    the prompt with the draft, so its correction (``importance_sampling_mode``) is the importance weight. The ``place``
+    of the rollout in its ``step`` only seeds the tokens that S-GRPO draws.
     """
     group = rollout.stage2
     if not config.plain_refinements or group is None or group.prompt == rollout.stage1.prompt:
         return []
     mean = float(reward_tensor(rollout.stage1.scores).nanmean())
     found = []
-    for completion, reward in zip(group.completions, reward_tensor(group.scores).tolist(), strict=True):
-        if reward > mean and not (config.mask_truncated_completions and completion.truncated):
-            learning = all_tokens(len(completion.ids), config.plain_refinements * (reward - mean))
+    for index, (completion, reward) in enumerate(
+        zip(group.completions, reward_tensor(group.scores).tolist(), strict=True)
+    ):
+        if reward > mean:
+            seed = request_seed(config.seed, "tokens", step, place, group.problem.id, "plain", index)
+            advantage = config.plain_refinements * (reward - mean)
+            learning = _selected(completion, advantage, config, random.Random(seed))
             temperature = stage_temperature(config, "stage2")
             found.append(LearningSequence(rollout.stage1.prompt, completion, temperature, learning, foreign=True))
     return found
@@ -135,9 +140,13 @@ def _prefix_matched(rollout: Rollout, config: RunConfig) -> list[LearningSequenc
         if config.mask_truncated_completions:  # as if unscored: they enter no mean and learn nothing
             rewards = [math.nan if c.truncated else r for c, r in zip(group.completions, rewards, strict=True)]
         learned = prefix_matching([completion.ids for completion in group.completions], rewards, config, start)
-        found += [_sequence(group, c, learning, config) for c, learning in zip(group.completions, learned, strict=True)]
+        pairs = zip(group.completions, learned, strict=True)
+        found += [_sequence(rollout, group, completion, learning, config) for completion, learning in pairs]
     return found
 
 
-def _sequence(group: Group, completion: Completion, learning: Learning, config: RunConfig) -> LearningSequence:
-    return LearningSequence(group.prompt, completion, stage_temperature(config, group.stage), learning)
+def _sequence(
+    rollout: Rollout, group: Group, completion: Completion, learning: Learning, config: RunConfig
+) -> LearningSequence:
+    temperature = stage_temperature(config, group.stage, rollout.stage2 is None)
+    return LearningSequence(group.prompt, completion, temperature, learning)

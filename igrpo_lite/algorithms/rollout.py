@@ -205,7 +205,7 @@ class RolloutCollector:
         for slot, problem in enumerate(problems, start=first_slot):
             if (step, slot) not in self._pending:
                 prompts: dict[Stage, Prompt] = {"stage1": self.prompts.first(problem.question)}
-                single = is_single_stage(slot, self.config)
+                single = is_single_stage(step, slot, self.config)
                 self._pending[step, slot] = _Pending(problem, step, slot, prompts, single)
         return [self._pending[step, slot] for slot in range(first_slot, first_slot + len(problems))]
 
@@ -340,7 +340,7 @@ class RolloutCollector:
                 prompt=prompt,
                 seed=pending.seed(self.seed, *path, index),
                 max_tokens=limit,
-                temperature=stage_temperature(self.config, stage),
+                temperature=stage_temperature(self.config, stage, pending.single),
                 top_p=self.config.top_p,
                 min_p=self.config.min_p,
                 tag=_Tag(pending.step, pending.slot, part, index),
@@ -359,6 +359,12 @@ def learning_stages(algorithm: str) -> tuple[Stage, ...]:
     return stages[algorithm]
 
 
+def compares_otherwise(config: RunConfig) -> bool:
+    """Whether a variant can learn though rewards are equal within every group of the learning stages."""
+    variants = config.single_stage_share or config.plain_refinements
+    return bool(variants) or (config.stage2_baseline, config.joint_groups) != ("mean", "own")
+
+
 def learning_groups(rollout: Rollout, algorithm: str) -> tuple[Group, ...]:
     """The groups of one rollout whose tokens learn (see :func:`learning_stages`), without its replays. A rollout of one
     stage learns from that, whatever the algorithm."""
@@ -366,11 +372,11 @@ def learning_groups(rollout: Rollout, algorithm: str) -> tuple[Group, ...]:
     return tuple(group for group in rollout.groups if group.stage in stages)
 
 
-def is_single_stage(slot: int, config: RunConfig) -> bool:
+def is_single_stage(step: int, slot: int, config: RunConfig) -> bool:
     """Whether the problem in this place of a step gets one stage: always for GRPO, else ``single_stage_share`` of the
-    places, evenly spread."""
-    share = config.single_stage_share
-    return config.algorithm == "grpo" or math.floor((slot + 1) * share) > math.floor(slot * share)
+    places, evenly spread over the whole run, so that steps of few problems have their share too."""
+    place, share = step * config.prompts_per_step + slot, config.single_stage_share
+    return config.algorithm == "grpo" or math.floor((place + 1) * share) > math.floor(place * share)
 
 
 def stage1_size(options: RolloutOptions) -> int:
@@ -385,9 +391,10 @@ def stage2_size(options: RolloutOptions) -> int:
     return options.num_generations - stage1_size(options)
 
 
-def stage_temperature(options: RolloutOptions, stage: Stage) -> float:
-    """Sampling temperature of a stage; the loss must use the same."""
-    drafts = stage == "stage1" and options.algorithm != "grpo"
+def stage_temperature(options: RolloutOptions, stage: Stage, single: bool = False) -> float:
+    """Sampling temperature of a stage; the loss must use the same. ``single``: no second one follows, so stage 1 are no
+    drafts."""
+    drafts = stage == "stage1" and options.algorithm != "grpo" and not single
     return options.draft_temperature if drafts and options.draft_temperature is not None else options.temperature
 
 

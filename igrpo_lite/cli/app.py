@@ -11,7 +11,22 @@ from collections.abc import Sequence
 from cyclopts import App, CycloptsError
 
 from igrpo_lite import __version__
-from igrpo_lite.cli import check, compare, data, doctor, evaluate, gpus, models, plan, recipes, scan, show_prompt, train, verify
+from igrpo_lite.cli import (
+    check,
+    compare,
+    data,
+    doctor,
+    evaluate,
+    export,
+    gpus,
+    models,
+    plan,
+    recipes,
+    scan,
+    show_prompt,
+    train,
+    verify,
+)
 from igrpo_lite.cli.flags import complaints
 from igrpo_lite.errors import UserError
 
@@ -31,6 +46,7 @@ def build() -> App:
     )
     app.command(train.verb(), name="train", help_epilogue="")
     app.command(evaluate.verb(), name="eval", help_epilogue="")
+    app.command(export.export, name="export", help_epilogue="")
     app.command(compare.verb(), name="compare", help_epilogue="")
     app.command(check.verb(), name="check", help_epilogue="")
     app.command(scan.verb(), name="scan", help_epilogue="")

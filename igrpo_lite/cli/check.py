@@ -9,8 +9,9 @@ from typing import TYPE_CHECKING, Annotated, Any
 
 from cyclopts import Parameter
 
-from igrpo_lite.cli.flags import COMMAND, Recipe, checked, settings_flags
+from igrpo_lite.cli.flags import COMMAND, Recipe, examined, settings_flags
 from igrpo_lite.errors import ConfigError
+from igrpo_lite.settings import preflight as file_findings
 
 if TYPE_CHECKING:
     from igrpo_lite.evaluation.preflight import Preflight
@@ -31,7 +32,7 @@ def _own(help: str) -> Parameter:
 def check(
     *,
     config: Recipe = None,
-    load_model: Annotated[bool, _own("Also sample from the model; without, nothing heavy is loaded.")] = True,
+    load_model: Annotated[bool, _own("Also sample from the model; without, its tokenizer alone is loaded.")] = True,
     problems: Annotated[int, _own("Training problems that the model is tried on.")] = 16,
     samples: Annotated[int, _own("Completions sampled of each.")] = 4,
     as_json: Annotated[bool, Parameter(name="--json", help="Print the result as JSON.", negative=(), group=COMMAND)] = (
@@ -41,10 +42,12 @@ def check(
 ) -> int:
     """Look at everything a run depends on: data, gold answers, rewards, prompts and lengths, and some samples of the
     model. Ends with 3 if something would keep it from learning."""
-    bad = [f"{flag}: must be 1 or more" for flag, n in (("--problems", problems), ("--samples", samples)) if n < 1]
-    if bad:
-        raise ConfigError(bad)
-    resolved = checked(config, settings)
+    resolved, findings = examined(config, settings)
+    findings += file_findings(resolved)
+    counts = {"--problems": problems, "--samples": samples}
+    findings += [f"{flag}: must be 1 or more, not {count}" for flag, count in counts.items() if count < 1]
+    if findings:
+        raise ConfigError(findings)
     from igrpo_lite.evaluation.preflight import preflight
     from igrpo_lite.report.plain import PlainScreen, QuietScreen
 
@@ -60,8 +63,15 @@ def _show(found: Preflight) -> None:
     for part in found.parts:
         print(f"== {part.title} ==")
         for line in part.lines:
-            print(line)
+            _say(line)
         for finding in part.findings:
-            print(f"{finding.level}: {finding.text}")
+            _say(f"{finding.level}: {finding.text}")
         print()
     print("something would keep this run from learning (errors above)" if found.failed else "nothing stands in the way")
+
+
+def _say(line: str) -> None:
+    """Print what may hold a model's or a data set's text: no control codes, and only what the stream can write."""
+    line = "".join(character if character.isprintable() or character == "\t" else "?" for character in line)
+    encoding = getattr(sys.stdout, "encoding", None) or "utf-8"
+    print(line.encode(encoding, "replace").decode(encoding))

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import sys
 from collections.abc import Callable
+from itertools import takewhile
 from pathlib import Path
 from typing import Annotated, Any
 
@@ -59,10 +60,13 @@ def compare(
     from igrpo_lite.cli.recipes import find
     from igrpo_lite.comparison import compare as run_all
     from igrpo_lite.comparison.markdown import by_reason
+    from igrpo_lite.comparison.methods import read_methods
     from igrpo_lite.comparison.terminal import show
 
     if unknown := [word for word in methods if word.startswith("-")]:
-        raise ConfigError([_unknown(word.partition("=")[0]) for word in unknown])
+        named = list(takewhile(lambda word: not word.startswith("-"), methods))  # a later one may be a flag's value
+        others = read_methods(named, settings, config, allow_unequal, find)[1] if named else []
+        raise ConfigError([_unknown(word.partition("=")[0]) for word in unknown] + others)
     result = run_all(
         methods,
         seeds=seeds,

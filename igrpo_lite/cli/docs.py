@@ -20,6 +20,7 @@ VERBS = (
     ("check",),
     ("scan",),
     ("eval",),
+    ("export",),
     ("compare",),
     ("show-prompt",),
     ("plan",),

@@ -12,6 +12,7 @@ from cyclopts import Parameter
 from igrpo_lite.cli.flags import COMMAND, UNTRAINED, Recipe, examined, settings_flags
 from igrpo_lite.config import DataOptions, ModelOptions, PromptOptions
 from igrpo_lite.errors import ConfigError
+from igrpo_lite.evaluation.output import scan_findings
 from igrpo_lite.fields import FIELDS
 from igrpo_lite.settings import preflight
 
@@ -50,8 +51,7 @@ def scan(
         findings.append(f"--samples: must be 1 or more, not {samples}")
     if not 0 <= keep_from <= keep_to <= 1:
         findings.append(f"--keep-from, --keep-to: must be 0 <= from <= to <= 1, not {keep_from:g} and {keep_to:g}")
-    if output.suffix != ".jsonl" or not output.absolute().parent.is_dir():
-        findings.append(f"--output {output}: must be a .jsonl file in a folder that exists")
+    findings += scan_findings(output, resolved)
     if findings:
         raise ConfigError(findings)
     from igrpo_lite.evaluation.scan import scan as run
@@ -69,4 +69,5 @@ def scan(
         f"{found.problems:,} problems x {samples} samples: kept {found.kept:,} with a pass rate from {keep_from:g} to "
         f"{keep_to:g}; {found.too_hard:,} are harder, {found.too_easy:,} easier, {found.too_long:,} too long"
     )
-    print(f"{found.output}: train with --data {found.output}; all pass rates are in {found.rates}")
+    use = f"train with --data {found.output}" if found.kept else "empty; widen --keep-from and --keep-to"
+    print(f"{found.output}: {use}; all pass rates are in {found.rates}")

@@ -145,10 +145,11 @@ def _equal_tokens(result: Mapping[str, Any]) -> list[str]:
         cells = [brief(measures[measure]) for measure in MEASURES]
         rows.append([f"`{method}`", *cells, *(brief(against[m], "+") if against else "" for m in MEASURES)])
     base, budgets = result["baseline"], found["tokens"].values()
-    span = f"{min(budgets):,}" if len(set(budgets)) == 1 else f"{min(budgets):,} to {max(budgets):,}, by seed,"
+    span = f"{min(budgets):,} tokens"
+    span += f" (with another seed up to {max(budgets):,})" if len(set(budgets)) > 1 else ""
     return [
         "## At equal sampled tokens\n",
-        f"Where a run had sampled {span} tokens, as many as the thriftiest method samples in all; straight lines "
+        f"Where a run had sampled {span}, as many as the thriftiest method samples in all; straight lines "
         "between evaluations.\n",
         pipes(["method", "single", "refined", f"minus `{base}`, single", f"minus `{base}`, refined"], rows),
     ]

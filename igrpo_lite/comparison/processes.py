@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import os
+import signal
 import subprocess
 import sys
 import time
@@ -125,6 +126,9 @@ def _environment(config: RunConfig) -> dict[str, str]:
 
 
 def _reason(log: Path, code: int) -> str:
+    if code < 0:  # what it had printed by then says nothing of that
+        why = "; out of memory?" if -code == signal.SIGKILL else ""
+        return f"its process was ended by signal {-code} ({signal.strsignal(-code)}){why}"
     lines = [line.strip() for line in log.read_text(encoding="utf-8", errors="replace").splitlines() if line.strip()]
     mistakes = [line.removeprefix("error: ") for line in lines if line.startswith("error: ")]
     return "; ".join(mistakes or lines[-1:]) or f"exit code {code}"

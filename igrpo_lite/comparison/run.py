@@ -78,7 +78,8 @@ def compare(
             runs.append(found)
         else:
             missing.setdefault(method.folder(seed), found)
-    result = _result(sides, wanted, ({} if config is None else {"config": config}) | settings, runs, missing)
+    given = ({} if config is None else {"config": config}) | ({"allow_unequal": True} if allow_unequal else {})
+    result = _result(sides, wanted, given | settings, runs, missing)
     if runs:
         _write(folder, result)
     return result

@@ -11,6 +11,7 @@ from typing import Any
 from igrpo_lite.config import RunConfig
 from igrpo_lite.errors import ConfigError, RunFolderError
 from igrpo_lite.settings import RESUMABLE, differences, load_file, resolve
+from igrpo_lite.training.run_folder import RunFolder
 
 MEASURES = ("single", "refined")
 COLLAPSE = 0.10
@@ -97,8 +98,8 @@ def unfinished(folder: Path, config: RunConfig) -> str | None:
 
 
 def made_otherwise(folder: Path, config: RunConfig) -> str | None:
-    """How the run in ``folder``, if one has come to an end there, was made differently from ``config``."""
-    if _summary(folder) is None:
+    """How the run in ``folder``, if one has got as far as a result there, was made differently from ``config``."""
+    if not RunFolder(config.model_copy(update={"output_dir": str(folder)})).has_work():
         return None
     try:
         made_with = resolve(load_file(folder / "config.yaml"))

@@ -9,16 +9,18 @@ from pathlib import Path
 from typing import Any
 
 from igrpo_lite.config import RunConfig
-from igrpo_lite.errors import DataError
+from igrpo_lite.errors import ConfigError, DataError
 from igrpo_lite.evaluation.evaluate import Answered, Evaluation, Sampling, evaluate
 from igrpo_lite.evaluation.few_shot import worked_examples
 from igrpo_lite.evaluation.intervals import PairedChange, paired_change
 from igrpo_lite.policy.loading import load_policy
 from igrpo_lite.policy.prompting import check_context, fitting, prompt_builder
-from igrpo_lite.problems.loading import load_problems
+from igrpo_lite.problems.loading import ProblemSets, load_problems
+from igrpo_lite.prompts import PromptBuilder
 from igrpo_lite.rewards.answers import gold_answer
 from igrpo_lite.rewards.checker import AnswerChecker
 from igrpo_lite.sampling.choice import make_sampler
+from igrpo_lite.types import Problem
 
 
 @dataclass(frozen=True, slots=True)
@@ -84,19 +86,7 @@ def compare(
         UserError: no such data, model or adapter, too few worked examples, or the problems do not fit the model's
             context.
     """
-    sets = load_problems(config, config.seed, gold_answer)
-    examples = worked_examples(sets.train, shots, config.answer_style, config.answer_column) if shots else ()
-    prompts = prompt_builder(config)
-    # Without the examples, so that the problems are the same however many there are.
-    problems, dropped, longest = fitting(sets.held_out, prompts, config.max_prompt_length)
-    if longest is None:
-        raise DataError(
-            f"all {dropped} held-out prompts are longer than max_prompt_length = {config.max_prompt_length} tokens; "
-            "raise --max-prompt-length"
-        )
-    prompts.shots = examples
-    needed = check_context(config, prompts, longest)
-    prompts.max_length = needed - config.max_completion_length
+    problems, prompts, needed, data_notes = _held_out(config, shots)
     policy = load_policy(config, config.seed, adapter)
     sampler, notes = make_sampler(config, policy, prompts, needed)
 
@@ -116,11 +106,39 @@ def compare(
                     plain = measured("base")
         finally:
             sampler.close()
-    return Comparison(plain, adapted, shots, (*_data_notes(config, dropped), *notes))
+    return Comparison(plain, adapted, shots, (*data_notes, *notes))
 
 
-def _data_notes(config: RunConfig, dropped: int) -> list[str]:
+def _held_out(config: RunConfig, shots: int) -> tuple[list[Problem], PromptBuilder, int, list[str]]:
+    """The problems, their prompts, the longest prompt, draft and completion together, and notes for the user."""
+    sets = load_problems(config, config.seed, gold_answer)
+    examples = worked_examples(sets.train, shots, config.answer_style, config.answer_column) if shots else ()
+    prompts = prompt_builder(config)
+    # Without the examples, so that the problems are the same however many there are.
+    problems, dropped, longest = fitting(sets.held_out, prompts, config.max_prompt_length)
+    if longest is None:
+        raise DataError(
+            f"all {dropped} held-out prompts are longer than max_prompt_length = {config.max_prompt_length} tokens; "
+            "raise --max-prompt-length"
+        )
+    prompts.shots = examples
+    try:
+        needed = check_context(config, prompts, longest)
+    except ConfigError as error:
+        fewer = [f"--few-shot {shots}: the worked examples are part of every prompt; use fewer"] if shots else []
+        raise ConfigError(error.problems + fewer) from None
+    prompts.max_length = needed - config.max_completion_length
+    return problems, prompts, needed, _data_notes(config, sets, dropped)
+
+
+def _data_notes(config: RunConfig, sets: ProblemSets, dropped: int) -> list[str]:
     notes = []
+    there = len(sets.held_out)
+    if there < config.eval_size and not sets.report.held_out_parts:
+        notes.append(
+            f"{there} held-out problems, not {config.eval_size}: at most a tenth of what training may use is held out; "
+            "name a file or set with --eval-data to measure on all of it"
+        )
     if dropped:
         notes.append(f"left out {dropped} held-out problems longer than {config.max_prompt_length} prompt tokens")
     names = f"{config.eval_data or config.data}".lower()

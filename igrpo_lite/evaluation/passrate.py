@@ -6,6 +6,7 @@ from __future__ import annotations
 from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass
 
+from igrpo_lite.config import RunConfig
 from igrpo_lite.prompts import PromptBuilder
 from igrpo_lite.sampling.base import Request, Sampler, request_seed
 from igrpo_lite.types import Completion, Problem, Prompt, Score
@@ -48,24 +49,30 @@ def pass_rates(
     problems: Sequence[Problem],
     sampler: Sampler,
     prompts: PromptBuilder,
+    config: RunConfig,
     samples: int,
-    temperature: float,
-    max_tokens: int,
-    seed: int,
     judge: JudgeGroup,
     on_progress: Callable[[int, int], None] = lambda done, total: None,
 ) -> list[PassRate]:
     """Sample every problem ``samples`` times, in one run of the engine, and score what came, in problem order.
 
-    A sample depends on ``seed``, the problem's id and its number alone, so problems may be scanned in parts.
+    A sample depends on the run's seed, the problem's id and its number alone, so problems may be scanned in parts.
 
     Args:
+        config: temperature, ``top_p``, ``min_p`` and length of the samples, and the seed.
         judge: ``Scorer.score``, or another; called once a problem, after sampling.
         on_progress: called with (finished, expected) completions.
     """
     firsts = [prompts.first(problem.question) for problem in problems]
     requests = [
-        Request(prompt, request_seed(seed, "pass-rate", problem.id, number), max_tokens, temperature)
+        Request(
+            prompt,
+            request_seed(config.seed, "pass-rate", problem.id, number),
+            config.max_completion_length,
+            config.temperature,
+            top_p=config.top_p,
+            min_p=config.min_p,
+        )
         for problem, prompt in zip(problems, firsts, strict=True)
         for number in range(samples)
     ]

@@ -15,14 +15,16 @@ from typing import Any, Literal
 
 from igrpo_lite.algorithms.rollout import learning_stages, stage1_size, stage2_size
 from igrpo_lite.config import RunConfig
-from igrpo_lite.errors import UserError
+from igrpo_lite.errors import RewardError, UserError
 from igrpo_lite.evaluation.passrate import PassRate, pass_rates
 from igrpo_lite.policy.loading import load_policy
 from igrpo_lite.policy.prompting import check_context, fitting, prompt_builder
 from igrpo_lite.problems.loading import ProblemSets, load_problems
 from igrpo_lite.prompts import PromptBuilder
 from igrpo_lite.rewards.answers import gold_answer
+from igrpo_lite.rewards.calls import Calls
 from igrpo_lite.rewards.checker import AnswerChecker
+from igrpo_lite.rewards.custom import in_short
 from igrpo_lite.rewards.scorer import Scorer, right_text
 from igrpo_lite.sampling.choice import make_sampler
 from igrpo_lite.types import Completion, Problem, Prompt
@@ -55,6 +57,10 @@ class Part:
 
     def error(self, text: str) -> None:
         self.findings.append(Finding("error", text))
+
+    def errors(self, error: UserError) -> None:
+        for text in error.problems:
+            self.error(text)
 
     def warning(self, text: str) -> None:
         self.findings.append(Finding("warning", text))
@@ -90,7 +96,7 @@ def preflight(
         on_progress: called with (finished, expected) completions.
 
     Raises:
-        UserError: data, rewards, prompts or model cannot be used at all.
+        UserError: data, prompts or model cannot be used at all.
     """
     found = Preflight()
     sets = load_problems(config, config.seed, gold_answer)
@@ -134,32 +140,56 @@ def check_data(sets: ProblemSets, checker: AnswerChecker, config: RunConfig) -> 
 def check_rewards(problems: Sequence[Problem], scorer: Scorer, config: RunConfig) -> Part:
     """What the rewards give to the right answer in the right form, to a wrong one in that form, and to no answer."""
     part = Part("rewards")
-    scorer.check(problems[0])
     texts = {
         "right answer": lambda p: right_text(p.answer, config.answer_style),
         "wrong answer": lambda p: right_text(_WRONG, config.answer_style),
         "no answer": lambda p: "I do not know.",
         "empty": lambda p: "",
     }
-    rewards: dict[str, float] = {}
-    for name, text in texts.items():
-        scores = []
-        for problem in problems[:_SHOWN]:
-            completion = Completion(tuple(range(1, 9)), text(problem), (0.0,) * 8, "stop")
-            scores += scorer.score(problem, Prompt(problem.question, ()), [completion])
-        values = [score.reward for score in scores if score.reward is not None]
-        parts = {n: [value for s in scores if (value := s.parts[n]) is not None] for n in scorer.names}
-        shown = ", ".join(f"{n} {fmean(v):.2f}" if v else f"{n} abstains" for n, v in parts.items())
-        rewards[name] = fmean(values) if values else math.nan
-        part.lines.append(f"{name}: {rewards[name]:.2f} ({shown})")
-    part.numbers["rewards"] = {name: None if math.isnan(value) else value for name, value in rewards.items()}
-    best_other = max((value for name, value in rewards.items() if name != "right answer"), default=math.nan)
-    if not rewards["right answer"] > best_other:
+    rewards: dict[str, float | None] = {}
+    try:
+        scorer.check(problems[0])
+        for name, text in texts.items():
+            rewards[name], shown = _earned([(p, text(p)) for p in problems[:_SHOWN]], scorer)
+            part.lines.append(f"{name}: {shown}")
+    except RewardError as error:
+        part.errors(error)
+        return part
+    _tell_failures(part, scorer)
+    part.numbers["rewards"] = rewards
+    right = rewards["right answer"]
+    others = [reward for name, reward in rewards.items() if name != "right answer" and reward is not None]
+    if right is None:
+        part.error("every reward abstains on a right answer: nothing draws the model to it; mend the rewards")
+    elif others and right <= max(others):
         part.error(
-            f"a right answer earns {rewards['right answer']:.2f}, no more than something else ({best_other:.2f}): "
-            "nothing draws the model to right answers; mend the rewards or their weights"
+            f"a right answer earns {right:.2f}, no more than something else ({max(others):.2f}): nothing draws the "
+            "model to right answers; mend the rewards or their weights"
         )
     return part
+
+
+def _earned(texts: Sequence[tuple[Problem, str]], scorer: Scorer) -> tuple[float | None, str]:
+    """Mean reward of completions with these texts, ``None`` where all rewards abstain; and in words, part by part."""
+    scores = []
+    for problem, text in texts:
+        completion = Completion(tuple(range(1, 9)), text, (0.0,) * 8, "stop")
+        scores += scorer.score(problem, Prompt(problem.question, ()), [completion])
+    values = [score.reward for score in scores if score.reward is not None]
+    parts = {n: [value for s in scores if (value := s.parts[n]) is not None] for n in scorer.names}
+    shown = ", ".join(f"{n} {fmean(v):.2f}" if v else f"{n} abstains" for n, v in parts.items())
+    return (fmean(values), f"{fmean(values):.2f} ({shown})") if values else (None, f"none ({shown})")
+
+
+def _tell_failures(part: Part, scorer: Scorer) -> None:
+    """Warn of calls of rewards that failed since the last time."""
+    for name, calls in scorer.failures.items():
+        if calls.failed:
+            part.warning(
+                f"reward {name} failed in {calls.failed} of {calls.made} calls, whose completions go without it: "
+                f"{in_short(calls.first)}"
+            )
+        scorer.failures[name] = Calls(tokens=calls.tokens)  # what a judge has cost stays spent
 
 
 def check_prompts(sets: ProblemSets, prompts: PromptBuilder, config: RunConfig) -> tuple[Part, int | None]:
@@ -190,8 +220,7 @@ def check_prompts(sets: ProblemSets, prompts: PromptBuilder, config: RunConfig) 
     try:
         needed = max(check_context(config, prompts, longest) for longest in (train.longest, held_out.longest))
     except UserError as error:
-        for problem_text in error.problems:
-            part.error(problem_text)
+        part.errors(error)
         return part, None
     prompts.max_length = needed - config.max_completion_length
     part.numbers["needed"] = needed
@@ -212,20 +241,14 @@ def try_model(
     policy = load_policy(config, config.seed)
     sampler, notes = make_sampler(config, policy, prompts, needed)
     try:
-        rates = pass_rates(
-            problems,
-            sampler,
-            prompts,
-            samples,
-            config.temperature,
-            config.max_completion_length,
-            config.seed,
-            scorer.score,
-            on_progress,
-        )
+        rates = pass_rates(problems, sampler, prompts, config, samples, scorer.score, on_progress)
+        part = judge_rates(rates, config)
+        _tell_failures(part, scorer)
+    except RewardError as error:
+        part = Part("model")
+        part.errors(error)
     finally:
         sampler.close()
-    part = judge_rates(rates, config)
     part.lines = notes + part.lines
     return part
 

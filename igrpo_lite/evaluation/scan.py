@@ -13,6 +13,7 @@ from typing import Any
 
 from igrpo_lite.config import RunConfig
 from igrpo_lite.errors import DataError
+from igrpo_lite.evaluation.output import rates_file
 from igrpo_lite.evaluation.passrate import PassRate, pass_rates
 from igrpo_lite.policy.loading import load_policy
 from igrpo_lite.policy.prompting import check_context, fitting, prompt_builder
@@ -20,13 +21,13 @@ from igrpo_lite.problems.loading import load_problems
 from igrpo_lite.prompts import PromptBuilder
 from igrpo_lite.rewards.answers import gold_answer
 from igrpo_lite.rewards.scorer import Scorer
-from igrpo_lite.sampling.base import Sampler
+from igrpo_lite.sampling.base import Sampler, request_seed
 from igrpo_lite.sampling.choice import make_sampler
 from igrpo_lite.types import Problem
 
 _DECIDING = (
-    *("model", "revision", "load_in_4bit", "seed", "temperature", "max_completion_length"),
-    *("answer_style", "system_prompt"),
+    *("model", "revision", "load_in_4bit", "seed", "temperature", "top_p", "min_p", "max_completion_length"),
+    *("answer_style", "system_prompt", "math_verify"),
 )
 _BATCHES = 4  # batches of the engine between two writes
 
@@ -67,10 +68,11 @@ def scan(
     if fit.longest is None:
         raise DataError(f"every prompt is longer than max_prompt_length = {config.max_prompt_length}; raise it")
     needed = check_context(config, prompts, fit.longest)
-    rates = output.with_name(f"{output.stem}.rates.jsonl")
+    rates = rates_file(output)
     settings = {name: getattr(config, name) for name in _DECIDING} | {"samples": samples}
     done = _earlier(rates, settings)
-    left = [problem for problem in fit.kept if problem.id not in done]
+    left = [problem for problem in fit.kept if _key(problem) not in done]
+    scanned = len(fit.kept) - len(left)
     if left:
         policy = load_policy(config, config.seed)
         sampler, _ = make_sampler(config, policy, prompts, needed)
@@ -79,15 +81,16 @@ def scan(
                 for found in _sampled(left, config, samples, sampler, prompts, scorer):
                     file.writelines(json.dumps(_record(rate)) + "\n" for rate in found)
                     file.flush()
-                    done |= {rate.problem.id: rate.rate for rate in found}
-                    on_progress(len(done), len(fit.kept))
+                    done |= {_key(rate.problem): rate.rate for rate in found}
+                    scanned += len(found)
+                    on_progress(scanned, len(fit.kept))
         finally:
             sampler.close()
     low, high = keep
-    kept = [problem for problem in fit.kept if low <= done[problem.id] <= high]
-    lines = [json.dumps(_row(problem, done[problem.id]), ensure_ascii=False) + "\n" for problem in kept]
-    output.write_text("".join(lines), encoding="utf-8")
-    hard, easy = (sum(test(done[p.id]) for p in fit.kept) for test in (lambda r: r < low, lambda r: r > high))
+    found_rates = [(problem, done[_key(problem)]) for problem in fit.kept]
+    kept = [_row(problem, rate) for problem, rate in found_rates if low <= rate <= high]
+    output.write_text("".join(json.dumps(row, ensure_ascii=False) + "\n" for row in kept), encoding="utf-8")
+    hard, easy = sum(rate < low for _, rate in found_rates), sum(rate > high for _, rate in found_rates)
     return Scan(output, rates, len(fit.kept), len(kept), hard, easy, fit.dropped)
 
 
@@ -101,20 +104,11 @@ def _sampled(
 ) -> Iterator[list[PassRate]]:
     size = max(1, _BATCHES * config.max_num_seqs // samples)
     for start in range(0, len(problems), size):
-        yield pass_rates(
-            problems[start : start + size],
-            sampler,
-            prompts,
-            samples,
-            config.temperature,
-            config.max_completion_length,
-            config.seed,
-            scorer.score,
-        )
+        yield pass_rates(problems[start : start + size], sampler, prompts, config, samples, scorer.score)
 
 
-def _earlier(rates: Path, settings: Mapping[str, Any]) -> dict[str, float]:
-    """Pass rates by problem that an interrupted scan left; starts the file where there is none."""
+def _earlier(rates: Path, settings: Mapping[str, Any]) -> dict[int, float]:
+    """Pass rates by :func:`_key` that an interrupted scan left; starts the file where there is none."""
     if not rates.exists():
         rates.write_text(json.dumps({"settings": settings}) + "\n", encoding="utf-8")
         return {}
@@ -125,7 +119,7 @@ def _earlier(rates: Path, settings: Mapping[str, Any]) -> dict[str, float]:
     try:
         head, *records = [json.loads(line) for line in whole.splitlines()]
         same = head["settings"] == dict(settings)
-        found = {record["id"]: float(record["pass_rate"]) for record in records}
+        found = {int(record["key"]): float(record["pass_rate"]) for record in records}
     except (ValueError, KeyError, TypeError) as error:
         raise DataError(f"{rates} is not a scan's record ({error}); move it away, or choose another --output") from None
     if not same:
@@ -133,9 +127,16 @@ def _earlier(rates: Path, settings: Mapping[str, Any]) -> dict[str, float]:
     return found
 
 
+def _key(problem: Problem) -> int:
+    """What a pass rate belongs to. An id alone is a file's name and a row: another question may come to stand there, or
+    another column be read as its answer."""
+    return request_seed(problem.id, problem.question, problem.answer)
+
+
 def _record(rate: PassRate) -> dict[str, Any]:
     reasons = [score.reason for score in rate.scores]
-    return {"id": rate.problem.id, "pass_rate": rate.rate, "length": rate.length, "reasons": reasons}
+    record = {"id": rate.problem.id, "key": _key(rate.problem), "pass_rate": rate.rate}
+    return record | {"length": rate.length, "reasons": reasons}
 
 
 def _row(problem: Problem, rate: float) -> dict[str, Any]:

@@ -1,10 +1,9 @@
-"""Load the model that learns: frozen weights, a LoRA adapter, a tokenizer."""
+"""Load the model that learns: frozen weights, a LoRA adapter, a tokenizer. How is the back end's part."""
 
 from __future__ import annotations
 
 import re
-from collections.abc import Iterator, Mapping
-from contextlib import contextmanager
+from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -16,18 +15,17 @@ from torch import nn
 from transformers import (
     MODEL_FOR_CAUSAL_LM_MAPPING,
     AutoConfig,
-    AutoModelForCausalLM,
     AutoTokenizer,
     PreTrainedTokenizerBase,
 )
 from transformers.pytorch_utils import Conv1D
-from transformers.utils import logging as transformers_logging
 
+from igrpo_lite.checks import weight_findings
 from igrpo_lite.config import ModelOptions
+from igrpo_lite.environment.hardware import dtype_for
 from igrpo_lite.errors import ModelError
-from igrpo_lite.policy.attention import register
+from igrpo_lite.policy.backends import LoadRequest, Name, enter, model_path
 from igrpo_lite.policy.heads import check_split, is_causal
-from igrpo_lite.tiny import MODEL_DIR
 
 _SMALL_MODEL = 50_000_000
 _NO_FOLDER = "no folder of that name here, and as a hub id it could not be loaded"
@@ -40,54 +38,72 @@ class Policy:
     Attributes:
         model: PEFT model; only adapter tensors have ``requires_grad``.
         stop_ids: token ids that end a completion.
+        backend: what loaded it.
+        engine: a vLLM engine on the same frozen weights, where the back end made one.
+        notes: sentences for the user about how it was loaded.
     """
 
     model: PeftModel
     tokenizer: PreTrainedTokenizerBase
     device: torch.device
     stop_ids: tuple[int, ...]
+    backend: Name = "transformers"
+    engine: Any = None
+    notes: tuple[str, ...] = ()
 
     def adapter_parameters(self) -> Iterator[tuple[str, nn.Parameter]]:
         return ((name, p) for name, p in self.model.named_parameters() if p.requires_grad)
 
 
-def model_path(name: str) -> str:
-    """The folder of the bundled model for ``tiny``, anything else as it is."""
-    return str(MODEL_DIR) if name == "tiny" else name
-
-
-def load_policy(options: ModelOptions, seed: int, adapter: Path | None = None) -> Policy:
+def load_policy(options: ModelOptions, seed: int, adapter: Path | None = None, context: int | None = None) -> Policy:
     """Load model and tokenizer and put a LoRA adapter on it: a fresh one made from ``seed`` alone, or a saved one.
+
+    Args:
+        options: a whole :class:`RunConfig` where the back end shall also start the engine that samples.
+        context: tokens of the longest prompt and its completion together, for back ends that must know.
 
     Raises:
         ModelError: no such model, not a causal language model, no tokenizer, or not supported.
     """
+    choice = enter(options)
     device = pick_device(options.device)
-    path = model_path(options.model)
+    dtype = pick_dtype(options.dtype, device)
     tokenizer = load_tokenizer(options)
-    model = _load_model(path, options, pick_dtype(options.dtype, device)).to(device)
+    config = _read_config(options)
+    _refuse_unsupported(config, options.model, dtype)
+    loaded = choice.backend().load(LoadRequest(options, config, device, dtype, seed, adapter, context))
+    model = loaded.model.get_base_model()
+    _set_threads(options, model)
+    notes = (choice.why,) if choice.why else ()
+    return Policy(loaded.model, tokenizer, device, stop_ids(model, tokenizer), choice.name, loaded.engine, notes)
+
+
+def check_model(model: Any, name: str) -> None:
+    """Raise :class:`ModelError` for a model that looks ahead, or that is more than its backbone and its head."""
     if not is_causal(model):
-        raise ModelError(f"model {options.model!r} is not a causal language model ({type(model).__name__} looks ahead)")
+        raise ModelError(f"model {name!r} is not a causal language model ({type(model).__name__} looks ahead)")
     if not check_split(model):
         raise ModelError(
-            f"model {options.model!r}: {type(model).__name__} does something between its last hidden state and its "
+            f"model {name!r}: {type(model).__name__} does something between its last hidden state and its "
             "logits that igrpo-lite does not know; please report it with the model's name"
         )
-    _set_threads(options, model)
-    _without_dropout(model)
-    peft_model = _fresh_adapter(model, options, seed) if adapter is None else _saved_adapter(model, adapter)
-    return Policy(peft_model, tokenizer, device, stop_ids(model, tokenizer))
 
 
 def recompute_activations(model: Any) -> None:
-    """Turn on gradient checkpointing in a way that still ends the backward pass at the lowest adapter."""
+    """Turn on gradient checkpointing in a way that still ends the backward pass at the lowest adapter.
+
+    Unsloth's models are left alone: they were loaded with their own kind of it.
+    """
+    if hasattr(model, "for_training"):
+        return
     model.gradient_checkpointing_enable({"use_reentrant": False})
     # transformers also makes the embeddings ask for a gradient, which only the reentrant kind needs: every layer below
     # the lowest adapter would be run again and differentiated for nothing.
     model.disable_input_require_grads()
 
 
-def _fresh_adapter(model: Any, options: ModelOptions, seed: int) -> PeftModel:
+def fresh_adapter(model: Any, options: ModelOptions, seed: int) -> PeftModel:
+    """A new adapter, drawn from ``seed`` alone. Raises :class:`ModelError` for targets that the model does not have."""
     # Seeded immediately before the adapter is drawn, so that nothing that happens while loading can shift it.
     torch.manual_seed(seed)
     targets: Any = list(options.lora_target_modules)
@@ -104,7 +120,7 @@ def _fresh_adapter(model: Any, options: ModelOptions, seed: int) -> PeftModel:
     try:
         peft_model = get_peft_model(model, config)
     except ValueError as error:
-        raise ModelError(f"lora_target_modules: {_first_line(error)}") from error
+        raise ModelError(f"lora_target_modules: {first_line(error)}") from error
     assert isinstance(peft_model, PeftModel)
     if not isinstance(model.get_output_embeddings(), nn.Linear):
         raise ModelError(
@@ -131,13 +147,14 @@ def adapter_layers(spec: str, num_layers: int) -> list[int] | None:
     return list(range(max(0, num_layers - max(1, count)), num_layers))
 
 
-def _saved_adapter(model: Any, folder: Path) -> PeftModel:
+def saved_adapter(model: Any, folder: Path) -> PeftModel:
+    """The adapter in ``folder``, frozen. Raises :class:`ModelError` if there is none, or not for this model."""
     if not (folder / "adapter_config.json").is_file():
         raise ModelError(f"{folder} holds no adapter (no adapter_config.json)")
     try:
         return PeftModel.from_pretrained(model, folder)
     except (OSError, RuntimeError, ValueError, KeyError, TypeError, SafetensorError) as error:
-        raise ModelError(f"adapter {folder} does not fit the model: {_first_line(error)}") from error
+        raise ModelError(f"adapter {folder} does not fit the model: {first_line(error)}") from error
 
 
 def load_tokenizer(options: ModelOptions) -> PreTrainedTokenizerBase:
@@ -147,7 +164,7 @@ def load_tokenizer(options: ModelOptions) -> PreTrainedTokenizerBase:
         tokenizer = AutoTokenizer.from_pretrained(path, revision=options.revision)
     except Exception as error:
         reason = "no usable tokenizer" if Path(path).is_dir() else _NO_FOLDER
-        raise ModelError(f"model {options.model!r}: {reason}: {_first_line(error)}") from error
+        raise ModelError(f"model {options.model!r}: {reason}: {first_line(error)}") from error
     if tokenizer.eos_token_id is None:
         raise ModelError(
             f"model {options.model!r}: its tokenizer has no end-of-sequence token, so nothing would ever end"
@@ -165,20 +182,23 @@ def pick_device(name: str) -> torch.device:
         device = torch.device(name)
         torch.empty(1, device=device)
     except (RuntimeError, AssertionError) as error:
-        raise ModelError(f"device {name!r} cannot be used: {_first_line(error)}; try device auto") from error
+        raise ModelError(f"device {name!r} cannot be used: {first_line(error)}; try device auto") from error
     return device
 
 
 def pick_dtype(name: str, device: torch.device) -> torch.dtype:
-    """``auto``: bfloat16 on GPUs that compute in it (capability 8.0 and up), float32 elsewhere.
+    """``auto``: on CUDA what the GPU computes in (:func:`dtype_for`: bfloat16 from capability 8.0 on, float16 from 7.0
+    on), float32 elsewhere.
 
-    ``torch.cuda.is_bf16_supported()`` is no guide: it also answers yes where bfloat16 is only emulated.
+    Raises:
+        ModelError: the GPU is too old for any type.
     """
-    if name != "auto":
-        return getattr(torch, name)
-    if device.type == "cuda" and torch.cuda.get_device_capability(device) >= (8, 0):
-        return torch.bfloat16
-    return torch.float32
+    if device.type != "cuda":
+        return getattr(torch, "float32" if name == "auto" else name)
+    best = dtype_for(torch.cuda.get_device_capability(device))
+    if best.dtype is None:
+        raise ModelError(f"device {device}: {best.reason}")
+    return getattr(torch, best.dtype if name == "auto" else name)
 
 
 def stop_ids(model: nn.Module, tokenizer: PreTrainedTokenizerBase) -> tuple[int, ...]:
@@ -197,61 +217,16 @@ def read_context_length(options: ModelOptions) -> int:
     return int(getattr(text, "max_position_embeddings", 0) or 2**31)
 
 
-def _load_model(path: str, options: ModelOptions, dtype: torch.dtype) -> Any:
-    config = _read_config(options)
-    _refuse_unsupported(config, options.model)
-    try:
-        with _quiet():
-            model, report = AutoModelForCausalLM.from_pretrained(
-                path,
-                revision=options.revision,
-                config=config,
-                dtype=dtype,
-                attn_implementation=register(),
-                output_loading_info=True,
-                ignore_mismatched_sizes=True,  # so that they are in the report; see below
-            )
-    except Exception as error:
-        raise ModelError(f"model {options.model!r} could not be loaded: {_first_line(error)}") from error
-    _refuse_incomplete(report, options.model)
-    return model
-
-
 def _read_config(options: ModelOptions) -> Any:
     path = model_path(options.model)
     try:
         return AutoConfig.from_pretrained(path, revision=options.revision)
     except Exception as error:
         where = "" if Path(path).is_dir() else f"{_NO_FOLDER}: "
-        raise ModelError(f"model {options.model!r}: {where}{_first_line(error)}") from error
+        raise ModelError(f"model {options.model!r}: {where}{first_line(error)}") from error
 
 
-@contextmanager
-def _quiet() -> Iterator[None]:
-    """Keep transformers from writing across our own screen; what is wrong is raised, in our words."""
-    verbosity = transformers_logging.get_verbosity()
-    transformers_logging.disable_progress_bar()
-    transformers_logging.set_verbosity_error()
-    try:
-        yield
-    finally:
-        transformers_logging.set_verbosity(verbosity)
-
-
-def _refuse_incomplete(report: Mapping[str, Any], name: str) -> None:
-    """transformers only warns of weights that it had to draw at random: a run would train on noise."""
-    missing = sorted(report["missing_keys"])
-    other = sorted(str(entry[0]) for entry in report["mismatched_keys"])
-    for keys, what in ((missing, "lacks"), (other, "does not have the shapes that config.json says for")):
-        if keys:
-            more = f" and {len(keys) - 1} more" if len(keys) > 1 else ""
-            raise ModelError(
-                f"model {name!r}: its weights file {what} {keys[0]}{more}; get the whole model again (an interrupted "
-                "download, or a config.json of another model?)"
-            )
-
-
-def _refuse_unsupported(config: Any, name: str) -> None:
+def _refuse_unsupported(config: Any, name: str, dtype: torch.dtype) -> None:
     if type(config) not in MODEL_FOR_CAUSAL_LM_MAPPING or getattr(config, "is_encoder_decoder", False):
         raise ModelError(f"model {name!r} is not a causal language model (its config.json says {config.model_type})")
     kinds = set(getattr(config.get_text_config(), "layer_types", None) or ()) - {"full_attention", "sliding_attention"}
@@ -260,9 +235,12 @@ def _refuse_unsupported(config: Any, name: str) -> None:
             f"model {name!r}: layers of type {', '.join(sorted(kinds))} keep a recurrent state, which the plain "
             "sampler cannot share between rollouts; use a model with attention layers only"
         )
+    unfit = weight_findings(config.to_dict(), repr(name), str(dtype).removeprefix("torch."))
+    if unfit:
+        raise ModelError(unfit)
 
 
-def _without_dropout(model: nn.Module) -> None:
+def without_dropout(model: nn.Module) -> None:
     """The objective compares the policy with itself when it sampled; noise in between would be taken for change."""
     for module in model.modules():
         if isinstance(module, nn.Dropout):
@@ -279,5 +257,5 @@ def _set_threads(options: ModelOptions, model: nn.Module) -> None:
         torch.set_num_threads(threads)
 
 
-def _first_line(error: BaseException) -> str:
+def first_line(error: BaseException) -> str:
     return (str(error).strip().splitlines() or [type(error).__name__])[0]

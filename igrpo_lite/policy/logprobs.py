@@ -22,6 +22,7 @@ from transformers import PreTrainedModel
 from igrpo_lite.policy.attention import GROUPED_SDPA
 from igrpo_lite.policy.chunked_head import head_logprobs
 from igrpo_lite.policy.heads import split_heads
+from igrpo_lite.policy.precision import low_precision
 from igrpo_lite.policy.tree import Branch, grow, pack
 from igrpo_lite.policy.tree_attention import plan_trees
 
@@ -73,7 +74,9 @@ def chosen_logprobs(model: PreTrainedModel, branches: Sequence[Branch], layout: 
         layout: unset: :func:`best_layout`.
     """
     backbone, head = split_heads(model)
-    hidden, places = (layout or best_layout(model)).run(backbone, branches)
+    layout = layout or best_layout(model)
+    with low_precision(model):  # not the head, which computes in float32
+        hidden, places = layout.run(backbone, branches)
     mask, pairs, place, target, temperature = _head_rows(branches, places)
     device = hidden.device
     states = hidden[torch.from_numpy(place).to(device)]

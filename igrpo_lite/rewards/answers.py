@@ -11,8 +11,9 @@ Places are tried in this order, and the first that holds something wins:
 The rules for ties:
 
 * Thinking counts only when nothing after ``</think>`` holds an answer.
-* Of several boxes (or tags) the last one counts, so a model may correct itself. But boxes with nothing between them except
-  a comma, "or", "and" or a space on one line are one answer of several values: ``\boxed{2} or \boxed{3}`` is "2 or 3".
+* Of several boxes (or tags) the last one counts, so a model may correct itself. But boxes with nothing between them
+  except a comma, "or", "and" or a space on one line are one answer of several values: ``\boxed{2} or \boxed{3}`` is
+  "2 or 3".
 * Several different values in the chosen place, where the gold answer is one value, are ``several_answers``, whether the
   right one is among them or not. Where the gold answer is a list or a set, they are compared with it.
 * Once a box, a tag or a ``####`` was given, a turn that the model goes on to write for somebody else ends the answer
@@ -84,9 +85,10 @@ class Verdict:
     """What became of a completion's answer.
 
     Attributes:
-        reason: ``correct``; ``wrong``; ``no_answer``; ``unparsed`` (found, but in no form that can be compared: ``3+4``
-            where the gold answer is 7); ``several_answers`` (where the gold answer is one value); ``truncated`` (cut off
-            before an answer was put in a box, in tags or after ``####``); ``timeout`` (comparing took too long).
+        reason: ``correct``; ``wrong``; ``no_answer``; ``unparsed`` (found, but in no form that can be compared:
+            ``3+4`` where the gold answer is 7); ``several_answers`` (where the gold answer is one value);
+            ``truncated`` (cut off before an answer was put in a box, in tags or after ``####``); ``timeout``
+            (comparing took too long).
         answer: the found answer, shortened to :data:`MAX_SHOWN` characters.
         source: the kind of place it stood in; strict accuracy counts ``correct`` ones from :data:`EXPLICIT` places.
     """
@@ -163,8 +165,8 @@ def _is_short(text: str) -> bool:
 
 
 def boxes(text: str, command: re.Pattern[str] = _BOX) -> list[str | None]:
-    """The content of every box in order of its opening, cut to some thousand characters; ``None`` for one whose brace is
-    never closed."""
+    """The content of every box in order of its opening, cut to some thousand characters; ``None`` for one whose brace
+    is never closed."""
     spans = _box_spans(text, command)
     return [text[start : min(end, start + 2 * MAX_TEXT)] if end else None for _, start, end, _ in spans]
 

@@ -55,6 +55,7 @@ class AnswerChecker:
             self._idle.put(worker)
         self._said: OrderedDict[Pair, Said] = OrderedDict()
         self._lock = threading.Lock()
+        self._closing = False
 
     def judge(self, items: Sequence[tuple[str, str, bool]]) -> list[Verdict]:
         """Verdicts on (text of the completion, gold answer, whether it was truncated), in order."""
@@ -76,8 +77,10 @@ class AnswerChecker:
 
     def close(self) -> None:
         """Ends the worker processes; a later question would start new ones."""
+        self._closing = True
         for worker in self._workers:
             worker.close()
+        self._closing = False
 
     def __enter__(self) -> AnswerChecker:
         return self
@@ -127,8 +130,11 @@ class AnswerChecker:
             outcome = worker.call(_OPINION, {"completions": [pair[0]], "golds": [pair[1]]}, 1, self.timeout)
             timed_out = outcome.timed_out
         except RewardError as error:
-            self.second_opinion = False
-            warnings.warn(f"math-verify cannot be asked, and will not be again: {error}", RuntimeWarning, stacklevel=2)
+            if not self._closing:
+                self.second_opinion = False
+                warnings.warn(
+                    f"math-verify cannot be asked, and is not from here on: {error}", RuntimeWarning, stacklevel=2
+                )
             return "unparsed"
         finally:
             if timed_out:  # its process was killed; the next one loads while others answer

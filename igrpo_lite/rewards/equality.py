@@ -1,14 +1,14 @@
 r"""Whether two final answers are the same: shape, then exact numbers, then one spelling of the text.
 
 Nothing is evaluated here: ``3+4`` and ``7=7`` are not 7, ``9^{9^9}`` costs nothing. What is left open, two expressions
-that are spelled differently, may be put to an *opinion* (:mod:`igrpo_lite.rewards.opinion`). The choices made where tools
-differ:
+that are spelled differently, may be put to an *opinion* (:mod:`igrpo_lite.rewards.opinion`). The choices made where
+tools differ:
 
 * numbers are exact: ``0.333`` is not ``1/3``, ``1.414`` not ``\sqrt2``; where the gold answer is a number, so must the
   answer be, and a sum that is left to the reader is not one;
 * percent and units: see :class:`igrpo_lite.rewards.quantities.Quantity`; words around a number are not compared;
 * more than one value is never one answer: ``2 or 3`` is not ``2``. Lists without brackets and sets are compared without
-  order, tuples with it; brackets may be left out (``3, 4`` is ``(3, 4)``), but not changed: ``[3, 4]`` is not ``(3, 4)``;
+  order, tuples with it; brackets may be left out (``3, 4`` is ``(3, 4)``), but not changed (``[3, 4]`` is not);
 * an inequality in one variable is its interval;
 * the symbol in ``x = 5`` may be left out, but not be another one; upper and lower case differ but in words;
 * a choice answer is its letter, with or without the text of the choice, which must not contradict.
@@ -47,12 +47,12 @@ _CLOCK = re.compile(r"0?([0-9]{1,2}(?::[0-9]{2})+)")
 _SYMBOL = re.compile(r"(?:\\[A-Za-z]+|(?<![\\A-Za-z])[A-Za-z])(?: _ \{ [^{}]* \})?")
 _FUNCTION = r"\\(?:arc)?(?:sin|cos|tan|cot|sec|csc)h?|\\log|\\ln|\\exp"
 _NO_SYMBOL = re.compile(
-    rf"{_FUNCTION}|e|\\(?:frac|sqrt|cdot|pi|infty|circ|leq|geq|neq|binom|lfloor|rfloor|lceil|rceil|cdot)"
+    rf"{_FUNCTION}|e|\\(?:frac|sqrt|cdot|pi|infty|circ|leq|geq|neq|binom|lfloor|rfloor|lceil|rceil)"
 )
 _NOT_ASKED = re.compile(
-    r"[':%,;\"?&#⦃⦄@]|\\(?:prime|d?dot|partial|nabla|l?dots|cdots|overline|begin|i*nt|oint|sum|prod|lim|det|max|min|gcd"
-    r"|lcm|bmod|pmod|mod|equiv|approx|to|cup|cap|in|pm|mp|text|vec|hat|mathbf|boldsymbol)(?![A-Za-z])|\\frac \{ d |[0-9] (?:_|e [0-9])"
-    r"|\b[A-Z] [A-Z]\b|(?:\b[A-Za-z] ){4}"
+    r"[':%,;\"?&#⦃⦄@]|\\(?:prime|d?dot|partial|nabla|l?dots|cdots|overline|begin|i{1,3}nt|oint|sum|prod|lim|det|max|min"
+    r"|gcd|lcm|bmod|pmod|mod|equiv|approx|to|cup|cap|in|pm|mp|text|vec|hat|mathbf|boldsymbol)(?![A-Za-z])"
+    r"|\\frac \{ d |[0-9] (?:_|e [0-9])|\b[A-Z] [A-Z]\b|(?:\b[A-Za-z] ){4}"
 )
 """What a parser of LaTeX misreads or would work out: derivatives, sums, limits, bases, words."""
 _RELATION = re.compile(r"\\leq|\\geq|\\neq|[=<>]")
@@ -69,8 +69,8 @@ _FUNCTIONS = (
 def same_answer(found: str, gold: str, opinion: Opinion | None = None) -> bool | None:
     r"""Whether ``found`` states the answer ``gold``; ``None`` where that cannot be told.
 
-    ``None`` stands for an expression that is spelled otherwise than the gold answer (``\sqrt{8}`` for ``2\sqrt2``), unless
-    the ``opinion`` knows, and for what is left to be worked out (``3+4``).
+    ``None`` stands for an expression that is spelled otherwise than the gold answer (``\sqrt{8}`` for ``2\sqrt2``),
+    unless the ``opinion`` knows, and for what is left to be worked out (``3+4``).
     """
     if len(found) > MAX_TEXT or len(gold) > MAX_TEXT:
         return True if gold.strip() and found.strip() == gold.strip() else None
@@ -163,7 +163,7 @@ def _same_value(found: Value, gold: Value, opinion: Opinion | None) -> bool | No
     if found.unit is not None and gold.unit is not None and found.unit != gold.unit:
         return False
     if found.spelling == gold.spelling:
-        return True
+        return True if gold.spelling else None  # nothing but marks
     if "\\infty" in (found.spelling.lstrip("- "), gold.spelling.lstrip("- ")):
         return False
     if (left := _CLOCK.fullmatch(found.text)) and (right := _CLOCK.fullmatch(gold.text)):

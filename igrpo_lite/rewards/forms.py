@@ -1,7 +1,7 @@
 r"""What shape an answer has: one value, a list, a set, a tuple or interval, a union, a matrix.
 
-Brackets, separators (``,`` ``;`` "and" "or"), ``\cup``, ``\pm`` and inequalities in one variable are read here; values stay
-text. ``x > 3`` becomes ``(3, \infty)``, ``1 \pm \sqrt2`` a list of two.
+Brackets, separators (``,`` ``;`` "and" "or"), ``\cup``, ``\pm`` and inequalities in one variable are read here; values
+stay text. ``x > 3`` becomes ``(3, \infty)``, ``1 \pm \sqrt2`` a list of two.
 """
 
 from __future__ import annotations
@@ -82,11 +82,12 @@ _LESS, _MORE = ("<", "\\leq"), {">": "<", "\\geq": "\\leq"}
 
 def parse(text: str) -> Answer:
     """The shape of an answer's text; texts over ``MAX_TEXT`` characters are one value."""
-    return _parse(text, 0)
+    return parse_cached(text, 0)
 
 
 @lru_cache(maxsize=1024)
-def _parse(text: str, depth: int) -> Answer:
+def parse_cached(text: str, depth: int) -> Answer:
+    """:func:`parse` inside ``depth`` brackets; remembers what was read last."""
     if len(text) > MAX_TEXT:
         return Value(text.strip(), text.strip(), None)
     quantity = parse_quantity(text)
@@ -98,7 +99,7 @@ def _parse(text: str, depth: int) -> Answer:
             cleaned = cleaned[1:-1].strip()
     if matrix := _MATRIX.fullmatch(cleaned):
         rows = [row for row in matrix[1].split("\\\\") if row.strip()]
-        return Group("matrix", tuple(_group("list", row.split("&"), depth) for row in rows))
+        return Group("matrix", tuple(_group("tuple", row.split("&"), depth, "()") for row in rows))
     named = _MEMBER.fullmatch(cleaned) or _NAMED.fullmatch(cleaned)
     if named and (named["value"].strip()[:1] or " ") in "([⦃":
         cleaned = named["value"].strip()
@@ -108,7 +109,7 @@ def _parse(text: str, depth: int) -> Answer:
 def _group(kind: Kind, parts: list[str], depth: int, brackets: str = "") -> Group:
     items: list[Answer] = []
     for part in parts:
-        item = _parse(_as_written(part), depth + 1)
+        item = parse_cached(_as_written(part), depth + 1)
         both_signs = isinstance(item, Group) and "\\pm" in part and kind in ("list", "set")
         items.extend(item.items if isinstance(item, Group) and both_signs else [item])
     return Group(kind, tuple(items), brackets)
@@ -132,7 +133,7 @@ def _bracketed(cleaned: str, depth: int) -> Answer | None:
     if brackets in ("⦃⦄", "{}"):
         if "|" in cleaned or ":" in cleaned:
             return None  # \{x : x > 3\}
-        return _group("set", parts, depth) if len(parts) > 1 else _parse(_as_written(cleaned[1:-1]), depth + 1)
+        return _group("set", parts, depth) if len(parts) > 1 else parse_cached(_as_written(cleaned[1:-1]), depth + 1)
     if len(parts) < 2:
         return None
     # Only two ends make an interval; otherwise the kind of bracket is a matter of taste.

@@ -57,7 +57,8 @@ _SAME = {
     r"\vert": "|",
     r"\mid": "|",
     r"\varnothing": r"\emptyset",
-    r"\exponentialE": "e",
+    r"\varphi": r"\phi",
+    r"\varepsilon": r"\epsilon",
     "×": r"\cdot",
     "*": r"\cdot",
 }
@@ -119,7 +120,7 @@ def ambiguous(spelling: str) -> bool:
 def _depth(tokens: list[str]) -> int:
     depth = deepest = 0
     for token in tokens:
-        depth += (token in _PAIRS) - (token in ")}")
+        depth = max(0, depth + (token in _PAIRS) - (token in ")}"))
         deepest = max(deepest, depth)
     return deepest
 
@@ -162,9 +163,10 @@ def _argument(tokens: list[str], at: int, result: list[str], whole_number: bool)
         return at
     if tokens[at] == "[":  # the root of \sqrt[3]{x}
         end = next((i for i in range(at, len(tokens)) if tokens[i] == "]"), at)
-        if end > at:
-            result += tokens[at : end + 1]
-            return _argument(tokens, end + 1, result, whole_number)
+        result += tokens[at : end + 1] if end > at else []
+        at = end + 1 if end > at else at
+        if at >= len(tokens):
+            return at
     signed = whole_number and tokens[at] in "+-" and at + 1 < len(tokens)
     sign = [tokens[at]] if signed and tokens[at] == "-" else []
     at += signed

@@ -1,8 +1,8 @@
 r"""A second opinion on two expressions that are spelled differently: math-verify, confirmed by numbers.
 
 math-verify (https://github.com/huggingface/Math-Verify) rounds to six digits or chops small differences away, takes
-two unsolvable equations for the same one and ``C`` for ``c``. So its "equal" counts only if both expressions, read by its
-parser with case kept, also agree to 25 digits at several points.
+two unsolvable equations for the same one and ``C`` for ``c``. So its "equal" counts only if both expressions, read by
+its parser with case kept, also agree to 25 digits at several points.
 
 :func:`opinion` runs in a worker process (:mod:`igrpo_lite.rewards.worker`): sympy may take forever or all memory.
 """
@@ -16,14 +16,28 @@ from typing import Any
 
 from igrpo_lite.rewards.equality import same_answer
 
-MEMORY = 3 << 30
+MEMORY = 1 << 30
 """Bytes of address space that a worker may take."""
 
 POINTS = 5
 """Points at which two expressions with variables must agree."""
 
 _DIGITS, _TOLERANCE = 40, "1e-25"
-_PLACES = ("1/3", "-7/5", "13/7", "-5/11", "8/3", "19/9", "-2/7", "11/4", "5/13", "17/6", "-9/4", "23/10")
+# Odd ones, at which no expression of an answer is 0: there is no ratio to 0, and next to it no digit is left.
+_PLACES = [
+    "0.3391208467",
+    "-1.4273950619",
+    "1.8602517391",
+    "-0.4579316283",
+    "2.6718340957",
+    "2.1138072649",
+    "-0.2840619753",
+    "2.7493815067",
+    "0.3826104759",
+    "2.8361907423",
+    "-2.2470159683",
+    "2.3094817561",
+]
 _SPACE = re.compile(r"(?<![A-Za-z]) | (?![A-Za-z])")  # but not after a command: ``\\cos t``
 _ready = False
 
@@ -126,8 +140,9 @@ def _ratios(left: Any, right: Any) -> list[Any] | None:
     ratios: list[Any] = []
     for turn in range(len(_PLACES) if names else 1):
         places = {name: Rational(_PLACES[(turn + 5 * at) % len(_PLACES)]) + at for at, name in enumerate(names)}
+        # Not subs() before evalf(): exact powers of fractions take forever where rounded ones do not.
         values = [
-            side.subs({symbol: places[symbol.name] for symbol in side.free_symbols}).evalf(_DIGITS) for side in sides
+            side.evalf(_DIGITS, subs={symbol: places[symbol.name] for symbol in side.free_symbols}) for side in sides
         ]
         if not all(value.is_number and value.is_finite for value in values):
             continue

@@ -1,8 +1,8 @@
 r"""The one number that an answer states, exactly, with its unit.
 
 Notations of one number are read: ``1,234``, ``18.50``, ``.5``, ``0.\overline{3}``, ``3/4``, ``\frac34``, ``1 1/2``,
-``1e3``, ``3 \times 10^8``, with a sign, a currency sign, a percent sign, ``x =`` before it and words or units around it.
-Nothing is evaluated: ``3+4`` and ``9^{9^9}`` are not numbers. Words that change a number (``3 million``, ``not 5``,
+``1e3``, ``3 \times 10^8``, with a sign, a currency sign, a percent sign, ``x =`` before it and words or units around
+it. Nothing is evaluated: ``3+4`` and ``9^{9^9}`` are not numbers. Words that change a number (``3 million``, ``not 5``,
 ``square root of 16``) and letters that multiply it (``18x``) make it no number.
 """
 
@@ -115,9 +115,11 @@ class Quantity:
 
 
 _TABLE = {
-    "length": "mm 1/1000 millimeter 1/1000 cm 1/100 centimeter 1/100 dm 1/10 m 1 meter 1 metre 1 km 1000 kilometer 1000 "
-    "in 0.0254 inch 0.0254 ft 0.3048 foot 0.3048 feet 0.3048 yd 0.9144 yard 0.9144 mi 1609.344 mile 1609.344",
-    "mass": "mg 1/1000 milligram 1/1000 g 1 gram 1 kg 1000 kilogram 1000 lb 453.59237 pound 453.59237 oz 28.349523125 ounce 28.349523125",
+    "length": "mm 1/1000 millimeter 1/1000 cm 1/100 centimeter 1/100 dm 1/10 m 1 meter 1 metre 1 km 1000 "
+    "kilometer 1000 in 0.0254 inch 0.0254 ft 0.3048 foot 0.3048 feet 0.3048 yd 0.9144 yard 0.9144 mi 1609.344 "
+    "mile 1609.344",
+    "mass": "mg 1/1000 milligram 1/1000 g 1 gram 1 kg 1000 kilogram 1000 lb 453.59237 pound 453.59237 "
+    "oz 28.349523125 ounce 28.349523125",
     "volume": "ml 1/1000 mL 1/1000 milliliter 1/1000 cl 1/100 dl 1/10 l 1 L 1 liter 1 litre 1 "
     "gallon 3.785411784 quart 0.946352946 pint 0.473176473",
     "time": "ms 1/1000 s 1 sec 1 second 1 min 60 minute 60 h 3600 hr 3600 hour 3600 day 86400 week 604800",

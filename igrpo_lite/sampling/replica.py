@@ -8,12 +8,14 @@ cost what it cannot spare, and the frozen weights are never merged into, because
 from __future__ import annotations
 
 import copy
-from typing import Literal
+from typing import Any, Literal
 
 import torch
 from peft import PeftModel
 from peft.tuners.lora import LoraLayer
 from torch import nn
+
+from igrpo_lite.policy.precision import low_precision
 
 MERGED_COPY_LIMIT = 128 * 2**20
 """Bytes of parameters up to which ``auto`` keeps a merged copy."""
@@ -22,8 +24,9 @@ MERGED_COPY_LIMIT = 128 * 2**20
 def can_merge(policy: PeftModel) -> bool:
     """Whether a merged copy is small and gives the policy's own numbers.
 
-    Float32 only: rounded to bfloat16, most of a young adapter would vanish in the weights it is added to. Linear layers
-    with weights of their own only: in a tied head the adapter would also change the embedding.
+    Float32 only: rounded to bfloat16, most of a young adapter would vanish in the weights it is added to, and weights
+    in 4 bits would be packed anew. Linear layers with weights of their own only: in a tied head the adapter would also
+    change the embedding.
     """
     parameters = list(policy.parameters())
     if any(p.dtype != torch.float32 for p in parameters):
@@ -63,10 +66,14 @@ class Replica:
             return self._copy
         self._was_training = self.policy.training
         self.policy.eval()
-        return self.policy.get_base_model()
+        model = self.policy.get_base_model()
+        self._precision = low_precision(model)  # as in the update, so that both compute the same
+        self._precision.__enter__()
+        return model
 
-    def __exit__(self, *exception: object) -> None:
+    def __exit__(self, *exception: Any) -> None:
         if self._copy is None:
+            self._precision.__exit__(*exception)
             self.policy.train(self._was_training)
 
     @torch.no_grad()

@@ -14,7 +14,7 @@ from igrpo_lite.planning.suggest import suggest
 
 @dataclass(frozen=True, slots=True)
 class Fitted:
-    """A configuration made to fit a GPU; ``plan``: ``None`` where there is no GPU, or the model's shape is not known."""
+    """A configuration made to fit a GPU; ``plan``: ``None`` where there is no GPU, or the model's shape is unknown."""
 
     config: RunConfig
     notes: tuple[str, ...] = ()

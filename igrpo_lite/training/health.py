@@ -13,7 +13,7 @@ from dataclasses import dataclass
 from statistics import fmean, pvariance
 from typing import Any, Literal, TypeGuard
 
-from igrpo_lite.algorithms.rollout import learning_stages, stage1_size, stage2_size
+from igrpo_lite.algorithms.rollout import compares_otherwise, learning_stages, stage1_size, stage2_size
 from igrpo_lite.config import RunConfig
 from igrpo_lite.training.memory import MemoryTrend
 
@@ -153,8 +153,8 @@ class Health:
         now = self._now
         # With dynamic sampling the shares are over replaced problems too; what is kept is what the update gets.
         keys = ["dynamic/kept"] if "dynamic/kept" in now else [f"{stage}/informative" for stage in self._learning]
-        informative = any((now.get(key) or 0) > 0 for key in (*keys, "replay/informative"))
-        learns = informative and now.get("learning_sequences") != 0
+        seen = any((now.get(key) or 0) > 0 for key in (*keys, "replay/informative"))
+        learns = (seen or compares_otherwise(self._config)) and now.get("learning_sequences") != 0
         self._dead = 0 if learns else self._dead + 1
         if not learns:
             return

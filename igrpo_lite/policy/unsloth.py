@@ -1,0 +1,211 @@
+"""The Unsloth back end: its model, its adapter, and on a GPU a vLLM engine on the same frozen weights.
+
+Written against Unsloth 2026.10 (docs/backends.md says what was run). Every hyper-parameter is passed: Unsloth's
+defaults are others than ours.
+"""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Iterator
+from contextlib import contextmanager
+from pathlib import Path
+from types import SimpleNamespace
+from typing import Any
+
+import torch
+from peft import PeftConfig, set_peft_model_state_dict
+from peft.utils import load_peft_weights
+from torch import Tensor, nn
+
+from igrpo_lite.config import ModelOptions
+from igrpo_lite.errors import ModelError
+from igrpo_lite.planning.memory import KV_SHARES, weight_bytes
+from igrpo_lite.planning.shapes import shape_of
+from igrpo_lite.policy.backends import Loaded, LoadRequest, model_path
+from igrpo_lite.policy.four_bit import is_packed
+from igrpo_lite.policy.heads import BACKBONE
+from igrpo_lite.policy.loading import adapter_layers, check_model, first_line, linear_names, without_dropout
+from igrpo_lite.policy.plain import quiet as quiet_transformers
+from igrpo_lite.policy.unsloth_import import prepare, quiet, vllm_samples
+
+_HIDDEN = "UNSLOTH_RETURN_HIDDEN_STATES"
+_GRAPHS = 2**30  # bytes of vLLM's beside weights, keys and values
+
+
+class UnslothBackend:
+    """Implements :class:`igrpo_lite.policy.backends.Backend`."""
+
+    has_engine = False  # a second one would corrupt the first: vLLM's sleeping memory has one manager for a process
+
+    def load(self, request: LoadRequest) -> Loaded:
+        unsloth = prepare(request.options)
+        if request.device.type != unsloth.DEVICE_TYPE:
+            raise ModelError(
+                f"backend: Unsloth works on {unsloth.DEVICE_TYPE} here, not on {request.device.type}; set --device, or "
+                "use --backend transformers"
+            )
+        fast = vllm_samples(request.options)
+        if fast and request.options.revision:
+            raise ModelError(
+                "revision: Unsloth's vLLM takes the newest one; download that revision and give its folder as --model"
+            )
+        if fast and self.has_engine:
+            raise ModelError(
+                "backend: this process has an Unsloth model with vLLM already, and it can have one only; start a new "
+                "one (in a notebook: restart the kernel)"
+            )
+        self.has_engine = fast
+        name = request.options.model
+        loader = unsloth.FastLanguageModel
+        try:
+            with quiet(), quiet_transformers():
+                base, _ = loader.from_pretrained(**loading_arguments(request, fast))
+                model = loader.get_peft_model(base, **adapter_arguments(request, base))
+        except Exception as error:
+            raise ModelError(
+                f"model {name!r} could not be loaded with Unsloth: {first_line(error)}; --backend transformers may"
+            ) from error
+        if request.adapter is not None:
+            _fill(model, request.adapter)
+        inner = model.get_base_model()
+        if unsloth.DEVICE_TYPE == "cuda":  # on a CPU it is transformers' own class, which has a backbone
+            setattr(inner, BACKBONE, HiddenStates(inner))
+        model.for_training()
+        without_dropout(inner)
+        check_model(inner, name)
+        return Loaded(model, getattr(model, "vllm_engine", None))
+
+
+backend = UnslothBackend()
+
+
+def loading_arguments(request: LoadRequest, fast: bool) -> dict[str, Any]:
+    """Keywords of ``FastLanguageModel.from_pretrained``; ``fast``: with vLLM."""
+    options = request.options
+    path = model_path(options.model)
+    arguments: dict[str, Any] = {
+        "model_name": str(Path(path).resolve()) if Path(path).is_dir() else path,
+        "max_seq_length": _context(request),  # longer rows would be cut
+        "dtype": request.dtype,
+        "load_in_4bit": options.load_in_4bit or is_packed(request.config),
+        "load_in_8bit": False,
+        "load_in_16bit": False,
+        "full_finetuning": False,
+        "trust_remote_code": False,
+        "use_gradient_checkpointing": _checkpointing(options),
+        "revision": options.revision,
+        "use_exact_model_name": True,  # not its own copy of it
+        "fast_inference": fast,
+        "random_state": request.seed,
+        "max_lora_rank": options.lora_r,
+        "float8_kv_cache": False,
+        "offload_embedding": False,
+    }
+    if fast:
+        arguments |= {
+            "gpu_memory_utilization": _memory_share(request, torch.cuda.mem_get_info(request.device)[0]),
+            "disable_log_stats": True,
+            "max_num_seqs": getattr(options, "max_num_seqs", 128),
+        }
+    return arguments
+
+
+def adapter_arguments(request: LoadRequest, model: Any) -> dict[str, Any]:
+    """Keywords of ``FastLanguageModel.get_peft_model``: of a fresh adapter, or of one like a saved one."""
+    options = request.options
+    layers = adapter_layers(options.lora_layers, model.config.get_text_config().num_hidden_layers)
+    targets: Any = list(options.lora_target_modules)
+    rank, alpha = options.lora_r, options.lora_alpha or options.lora_r
+    if request.adapter is not None:
+        saved = PeftConfig.from_pretrained(str(request.adapter))
+        rank, alpha, layers = saved.r, saved.lora_alpha, saved.layers_to_transform
+        targets = saved.target_modules if isinstance(saved.target_modules, str) else sorted(saved.target_modules)
+    return {
+        "r": rank,
+        "target_modules": linear_names(model) if targets == ["all-linear"] else targets,
+        "lora_alpha": alpha,
+        "lora_dropout": 0.0,
+        "bias": "none",
+        "layers_to_transform": layers,
+        "layers_pattern": None,
+        "use_gradient_checkpointing": _checkpointing(options),
+        "random_state": request.seed,
+        "max_seq_length": _context(request),
+        "use_rslora": False,
+        "modules_to_save": None,
+        "init_lora_weights": True,
+    }
+
+
+class HiddenStates:
+    """An Unsloth model on a GPU as the backbone that :func:`igrpo_lite.policy.heads.split_heads` gives.
+
+    Its causal language model is called, not the module inside, which relies on what the outer one sets; an environment
+    variable makes it put its last hidden states where logits would be. Rows are padded on the right: in training mode
+    masks are not looked at.
+    """
+
+    def __init__(self, model: nn.Module) -> None:
+        self._model: Any = model
+
+    @property
+    def config(self) -> Any:
+        return self._model.config.get_text_config()
+
+    def parameters(self) -> Iterator[nn.Parameter]:
+        return self._model.parameters()
+
+    def __call__(self, input_ids: Tensor, **_: Any) -> SimpleNamespace:
+        """``last_hidden_state [B, T, H]`` of ``input_ids [B, T]``."""
+        with _hidden_states():
+            states = self._model(input_ids=input_ids, use_cache=False).logits
+        expected = (*input_ids.shape, self.config.hidden_size)
+        if states.shape != expected:
+            raise ModelError(
+                f"Unsloth gave numbers of shape {list(states.shape)} instead of hidden states {list(expected)}: this "
+                "version of it, or this model, cannot be used; try --backend transformers"
+            )
+        return SimpleNamespace(last_hidden_state=states)
+
+
+@contextmanager
+def _hidden_states() -> Iterator[None]:
+    before = os.environ.get(_HIDDEN)
+    os.environ[_HIDDEN] = "1"
+    try:
+        yield
+    finally:
+        os.environ.pop(_HIDDEN)
+        if before is not None:
+            os.environ[_HIDDEN] = before
+
+
+def _fill(model: Any, folder: Path) -> None:
+    """A saved adapter's weights, into one of the same form."""
+    try:
+        missed = set_peft_model_state_dict(model, load_peft_weights(str(folder), device="cpu"))
+    except (OSError, RuntimeError, ValueError, KeyError) as error:
+        raise ModelError(f"adapter {folder} does not fit the model: {first_line(error)}") from error
+    lacking = [name for name in missed.missing_keys if "lora_" in name] + list(missed.unexpected_keys)
+    if lacking:
+        raise ModelError(f"adapter {folder} does not fit the model: {lacking[0]}")
+    model.requires_grad_(False)
+
+
+def _checkpointing(options: ModelOptions) -> bool:
+    return bool(getattr(options, "gradient_checkpointing", False))
+
+
+def _context(request: LoadRequest) -> int:
+    text = request.config.get_text_config()
+    return request.context or int(getattr(text, "max_position_embeddings", 0) or 4096)
+
+
+def _memory_share(request: LoadRequest, free: int) -> float:
+    """Share of the free memory for vLLM: the weights, which are the policy's too, and keys and values."""
+    packed = request.options.load_in_4bit or is_packed(request.config)
+    weights = weight_bytes(shape_of(request.config.to_dict()), request.dtype.itemsize, packed)
+    asked = getattr(request.options, "kv_cache_gib", None)
+    keys_and_values = asked * 2**30 if asked is not None else KV_SHARES[True] * max(0, free - weights)
+    return min(0.9, max(0.1, (weights + keys_and_values + _GRAPHS) / free))

@@ -1,0 +1,280 @@
+"""Which back end loads the model, what is refused before anything heavy is imported, and one back end in a process."""
+
+from __future__ import annotations
+
+import json
+import os
+import shutil
+import subprocess
+import sys
+from types import ModuleType, SimpleNamespace
+
+import pytest
+import torch
+from models import make_model
+
+from igrpo_lite import checks
+from igrpo_lite.config import ModelOptions
+from igrpo_lite.environment.facts import Gpu
+from igrpo_lite.errors import ModelError
+from igrpo_lite.policy import backends, loading, unsloth_import
+from igrpo_lite.policy.backends import Choice, LoadRequest, choose, enter, model_path, model_type
+from igrpo_lite.policy.heads import BACKBONE, check_split
+from igrpo_lite.policy.loading import Policy, load_policy, pick_dtype
+from igrpo_lite.policy.logprobs import RowLayout, chosen_logprobs
+from igrpo_lite.policy.tree import Branch
+from igrpo_lite.policy.unsloth import HiddenStates, adapter_arguments, loading_arguments
+from igrpo_lite.settings import resolve
+from igrpo_lite.tiny import MODEL_DIR
+
+GIB = 2**30
+
+
+@pytest.fixture
+def machine(monkeypatch):
+    """A machine described: its GPU's compute capability, if any, and the packages that are installed."""
+
+    def described(capability=None, packages=("unsloth", "vllm")):
+        gpus = [] if capability is None else [Gpu(0, "a GPU", capability, 15 * GIB, 14 * GIB, "")]
+        for module in (backends, unsloth_import):
+            monkeypatch.setattr(module, "gpu_facts", lambda: gpus)
+            monkeypatch.setattr(module, "find_spec", lambda name: name if name in packages else None)
+
+    return described
+
+
+@pytest.fixture
+def model(tmp_path):
+    """A folder with a ``config.json`` of this type."""
+
+    def made(kind="qwen2"):
+        folder = tmp_path / kind
+        folder.mkdir()
+        config = json.loads((MODEL_DIR / "config.json").read_text()) | {"model_type": kind}
+        (folder / "config.json").write_text(json.dumps(config))
+        return str(folder)
+
+    return made
+
+
+# The choice
+
+
+def test_auto_takes_unsloth_on_a_gpu_where_it_pays(machine, model):
+    machine((7, 5))
+    choice = choose(resolve({"model": model()}))
+    assert choice.name == "unsloth"
+    assert "vLLM" in choice.why
+
+
+@pytest.mark.parametrize(
+    ("settings", "said"),
+    [
+        ({"model": "tiny"}, "too small"),
+        ({"kind": "phi3"}, "no fast path for models of type phi3"),
+        ({"packages": ["unsloth"]}, "vLLM, which is not installed"),
+        ({"sampler": "transformers"}, "--sampler says transformers"),
+    ],
+)
+def test_auto_says_why_an_installed_unsloth_is_not_taken(machine, model, settings, said):
+    machine((8, 0), settings.pop("packages", ("unsloth", "vllm")))
+    settings = {"model": model(settings.pop("kind", "qwen3"))} | settings
+    choice = choose(resolve(settings))
+    assert choice.name == "transformers"
+    assert said in choice.why
+
+
+@pytest.mark.parametrize(
+    ("capability", "packages", "device"),
+    [(None, ("unsloth", "vllm"), "auto"), ((8, 0), (), "auto"), ((8, 0), ("unsloth", "vllm"), "cpu")],
+)
+def test_without_a_gpu_or_unsloth_there_is_nothing_to_say(machine, model, capability, packages, device):
+    machine(capability, packages)
+    assert choose(ModelOptions(model=model(), device=device)) == Choice("transformers")
+
+
+def test_what_is_asked_for_is_taken(machine):
+    machine(None)
+    assert choose(ModelOptions(backend="unsloth")).name == "unsloth"
+    machine((9, 0))
+    assert choose(ModelOptions(backend="transformers", model="Qwen/Qwen2-1.5B")) == Choice("transformers")
+
+
+def test_the_choice_imports_nothing_heavy():
+    code = """
+import sys
+from igrpo_lite.config import ModelOptions
+from igrpo_lite.policy.backends import choose, enter
+choose(ModelOptions()); enter(ModelOptions())
+assert not {"torch", "transformers", "peft", "trl"} & set(sys.modules)
+"""
+    subprocess.run([sys.executable, "-c", code], check=True, env=os.environ | {"HF_HUB_OFFLINE": "1"})
+
+
+def test_names_and_types(tmp_path, model):
+    assert model_path("tiny") == str(MODEL_DIR)
+    assert model_path("qwen2-1.5b") == "Qwen/Qwen2-1.5B-Instruct"
+    assert model_path("someone/something") == "someone/something"
+    assert model_type(ModelOptions(model=model("mistral"))) == "mistral"
+    assert model_type(ModelOptions(model="no-one/has-this")) is None
+
+
+# One back end in a process
+
+
+def test_a_process_keeps_its_back_end(monkeypatch, machine, model):
+    machine((8, 0))
+    monkeypatch.setattr(backends, "_entered", "transformers")
+    with pytest.raises(ModelError, match=r"works with transformers already.*start a new one"):
+        enter(ModelOptions(backend="unsloth"))
+    choice = enter(resolve({"model": model()}))
+    assert choice.name == "transformers"
+    assert "already" in choice.why
+
+
+def test_an_unsloth_that_the_user_imported_counts(monkeypatch, machine):
+    machine(None)
+    monkeypatch.setattr(backends, "_entered", None)
+    monkeypatch.setitem(sys.modules, "unsloth", ModuleType("unsloth"))
+    with pytest.raises(ModelError, match="works with unsloth already"):
+        enter(ModelOptions(backend="transformers"))
+    assert enter(ModelOptions(model="tiny")).name == "unsloth"
+    monkeypatch.setattr(backends, "_entered", None)
+
+
+def test_an_unsloth_that_cannot_be_imported_is_reported(monkeypatch, machine, tmp_path):
+    machine(None)
+    (tmp_path / "unsloth").mkdir()
+    (tmp_path / "unsloth" / "__init__.py").write_text("raise ImportError('Unsloth: torch 1.2 is too old')")
+    monkeypatch.syspath_prepend(str(tmp_path))
+    monkeypatch.delitem(sys.modules, "unsloth", raising=False)
+    with pytest.raises(ModelError, match=r"torch 1\.2 is too old; igrpo-lite doctor .*--backend transformers"):
+        unsloth_import.prepare(ModelOptions(backend="unsloth"))
+
+
+# What Unsloth is told
+
+
+def test_the_environment(machine, monkeypatch):
+    for name in ("UNSLOTH_VLLM_STANDBY", "UNSLOTH_VLLM_MERGED_ROLLOUT", "UNSLOTH_COMPILE_LOCATION"):
+        monkeypatch.delenv(name, raising=False)
+    machine((7, 5))
+    found = unsloth_import.environment(resolve({"sampler": "auto"}))
+    assert found["UNSLOTH_VLLM_STANDBY"] == found["UNSLOTH_VLLM_NO_FLASHINFER"] == "1"
+    assert found["UNSLOTH_VLLM_MERGED_ROLLOUT"] == "0"
+    assert os.path.isdir(found["UNSLOTH_COMPILE_LOCATION"])
+    machine((8, 0))
+    monkeypatch.setenv("UNSLOTH_VLLM_STANDBY", "0")
+    monkeypatch.setenv("UNSLOTH_VLLM_MERGED_ROLLOUT", "1")
+    found = unsloth_import.environment(resolve({}))
+    assert found["UNSLOTH_VLLM_STANDBY"] == found["UNSLOTH_VLLM_MERGED_ROLLOUT"] == "0"
+    assert not {"UNSLOTH_VLLM_NO_FLASHINFER", "UNSLOTH_FORCE_CPU"} & found.keys()
+    assert unsloth_import.environment(ModelOptions(device="cpu"))["UNSLOTH_FORCE_CPU"] == "1"
+
+
+def request_for(**settings):
+    config = resolve(settings)
+    cuda = torch.device("cuda")
+    return LoadRequest(config, loading._read_config(config), cuda, torch.float16, 3, context=700)
+
+
+def test_every_hyper_parameter_is_told(monkeypatch):
+    monkeypatch.setattr(torch.cuda, "mem_get_info", lambda device: (10 * GIB, 15 * GIB))
+    request = request_for(lora_r=8, lora_layers="last half", load_in_4bit=True, kv_cache_gib=4, max_num_seqs=24)
+    told = loading_arguments(request, fast=True)
+    expected = {"max_seq_length": 700, "dtype": torch.float16, "load_in_4bit": True, "random_state": 3}
+    expected |= {"fast_inference": True, "max_lora_rank": 8, "max_num_seqs": 24, "use_gradient_checkpointing": False}
+    assert {name: told[name] for name in expected} == expected
+    assert os.path.isabs(told["model_name"])
+    assert told["gpu_memory_utilization"] == pytest.approx(0.5, abs=0.01)  # 4 GiB and 1 for graphs, of 10
+    assert "gpu_memory_utilization" not in loading_arguments(request, fast=False)
+    model = make_model("qwen2")
+    told = adapter_arguments(request_for(lora_r=8, lora_alpha=None, lora_layers="last 1"), model)
+    assert told["layers_to_transform"] == [2]
+    assert told["target_modules"] == sorted(
+        ["q_proj", "k_proj", "v_proj", "o_proj", "gate_proj", "up_proj", "down_proj"]
+    )
+    assert (told["r"], told["lora_dropout"], told["random_state"]) == (8, 0.0, 3)
+
+
+# Hidden states in the place of logits
+
+
+class AsUnsloth(torch.nn.Module):
+    """Stands in for a model of Unsloth's GPU branch; the real forward pass is in ``test_unsloth_gpu_branch.py``."""
+
+    def __init__(self, model):
+        super().__init__()
+        self.model, self.config = model, model.config
+
+    def forward(self, input_ids, use_cache):
+        states = self.model.model(input_ids=input_ids, use_cache=use_cache).last_hidden_state
+        if os.environ.get("UNSLOTH_RETURN_HIDDEN_STATES", "0") == "1":
+            return SimpleNamespace(logits=states)
+        return SimpleNamespace(logits=self.model.lm_head(states))
+
+    def get_output_embeddings(self):
+        return self.model.lm_head
+
+
+def test_a_model_may_bring_its_own_backbone(monkeypatch):
+    monkeypatch.setenv("UNSLOTH_RETURN_HIDDEN_STATES", "0")
+    plain = make_model("qwen2")
+    model = AsUnsloth(plain)
+    setattr(model, BACKBONE, HiddenStates(model))
+    branches = [Branch((3, 4, 5), ids, (0, 1)) for ids in ((6, 7), (8, 9, 10))]
+    found = chosen_logprobs(model, branches, RowLayout())
+    torch.testing.assert_close(found.logprobs, chosen_logprobs(plain, branches, RowLayout()).logprobs)
+    assert os.environ["UNSLOTH_RETURN_HIDDEN_STATES"] == "0"
+    assert check_split(model)
+    monkeypatch.setattr(AsUnsloth, "forward", lambda self, input_ids, use_cache: self.model(input_ids=input_ids))
+    with pytest.raises(ModelError, match=r"shape \[2, 4, 97\] instead of hidden states \[2, 4, 64\]"):
+        chosen_logprobs(model, branches, RowLayout())
+
+
+# Types by device
+
+
+def test_the_type_follows_the_capability(monkeypatch):
+    cuda = torch.device("cuda")
+    for capability, expected in [((7, 0), torch.float16), ((7, 5), torch.float16), ((8, 0), torch.bfloat16)]:
+        monkeypatch.setattr(torch.cuda, "get_device_capability", lambda device, found=capability: found)
+        assert pick_dtype("auto", cuda) == expected
+        assert pick_dtype("float32", cuda) == torch.float32
+    monkeypatch.setattr(torch.cuda, "get_device_capability", lambda device: (6, 0))
+    for name in ("auto", "float32"):
+        with pytest.raises(ModelError, match="choose another GPU"):
+            pick_dtype(name, cuda)
+
+
+@pytest.mark.parametrize("kind", ["gemma", "gemma2"])
+def test_gemma_is_refused_in_float16(tmp_path, kind):
+    shutil.copytree(MODEL_DIR, tmp_path / "model")
+    file = tmp_path / "model" / "config.json"
+    file.write_text(json.dumps(json.loads(file.read_text()) | {"model_type": kind}))
+    options = ModelOptions(model=str(tmp_path / "model"), dtype="float16")
+    (finding,) = checks.model_findings(options)
+    assert "overflow in float16" in finding
+    assert checks.model_findings(options.model_copy(update={"dtype": "float32"})) == []
+    with pytest.raises(ModelError, match="overflow in float16"):
+        load_policy(options, 0)
+
+
+# Before anything heavy is imported
+
+
+def test_what_is_missing_is_found_first(monkeypatch):
+    monkeypatch.setattr(checks, "find_spec", lambda name: None)
+    (finding,) = checks.model_findings(ModelOptions(backend="unsloth"))
+    assert "pip install 'igrpo-lite[unsloth]'" in finding
+    monkeypatch.setattr(checks, "find_spec", lambda name: name)
+    assert checks.model_findings(ModelOptions(backend="unsloth")) == []
+    for device in ("mps", "cuda:1"):
+        (finding,) = checks.model_findings(ModelOptions(backend="unsloth", device=device))
+        assert "first visible CUDA GPU" in finding
+
+
+def test_a_policy_says_what_loaded_it():
+    policy = load_policy(ModelOptions(), 0)
+    assert isinstance(policy, Policy)
+    assert (policy.backend, policy.engine, policy.notes) == ("transformers", None, ())
