@@ -22,7 +22,7 @@ class Facts:
     """All that was found out while exporting.
 
     Attributes:
-        trained_on: how the run held its weights: a type, or ``4-bit``; ``auto`` where nobody recorded it.
+        trained_on: how the run held its weights; ``auto`` where it did not record it.
         rounding: of :func:`igrpo_lite.export.merging.merge`; ``None`` for an adapter.
         verification: the result, or why there is none.
         folder: where the export ends up.
@@ -62,11 +62,7 @@ def record(facts: Facts) -> dict[str, Any]:
     source, config, lora, base = facts.source, facts.source.config, facts.source.lora, facts.base
     prompts = facts.served.prompts
     own, verification = config.model, facts.verification
-    merged = {
-        "onto": facts.onto,
-        "dtype": _name(base.target),
-        "rounding": facts.rounding,
-    }
+    merged = {"onto": facts.onto, "dtype": _name(base.target), "rounding": facts.rounding}
     return {
         "format": 1,
         "kind": facts.options.to,
@@ -168,11 +164,13 @@ def verification_lines(found: Verification | str) -> list[str]:
 
 
 def base_lines(facts: Facts) -> list[str]:
+    """What was put together, for screen and card."""
     config, lora = facts.source.config, facts.source.lora
     revision = f", revision {config.revision}" if config.revision else ""
+    which = facts.source.which
     lines = [
         f"base: {config.model}{revision}, trained with its weights in {facts.trained_on}",
-        f"adapter: rank {lora['r']}, alpha {lora['lora_alpha']}; the run's {facts.source.which}",
+        f"adapter: rank {lora['r']}, alpha {lora['lora_alpha']}; {f'the run has it as its {which}' if which in ('best', 'last') else which}",
     ]
     if facts.rounding is not None:
         lines.append(
@@ -200,9 +198,9 @@ def _accuracy(source: Source) -> list[str]:
 
 def _prompt_lines(served: Served) -> list[str]:
     system = served.prompts.system_prompt
-    lines = [
-        "The base has no chat template; the one in this folder makes the run's prompts."
-    ] * served.prompts.plain_template
+    lines = []
+    if served.prompts.plain_template:
+        lines = ["The base has no chat template; the one in this folder makes the run's prompts."]
     if not system:
         return [*lines, "No system prompt: the question is the only message."]
     where = "as the system message" if served.system_turn else "before the question, in the same message"

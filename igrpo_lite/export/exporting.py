@@ -15,7 +15,7 @@ from safetensors import SafetensorError
 from transformers import AutoModelForCausalLM
 from transformers.utils import logging as transformers_logging
 
-from igrpo_lite.errors import RunFolderError, UserError
+from igrpo_lite.errors import ConfigError, RunFolderError, UserError
 from igrpo_lite.export.card import Facts, card, record
 from igrpo_lite.export.gguf import convert, file_bytes, find_tools
 from igrpo_lite.export.merging import SHARD, load_base, merge, merge_base, own_base
@@ -90,6 +90,8 @@ class _Job:
         self.tools = find_tools(options.quantization) if options.to == "gguf" else None
         own = own_base(source, options)
         self.four_bit = source.config.load_in_4bit or own.quantized
+        if options.onto == "dequantized" and not self.four_bit:
+            raise ConfigError("--onto dequantized: this run was not trained on 4-bit weights; leave it out")
         self.base = own if options.to == "adapter" else merge_base(own, options)
         self.prompts = prompt_builder(source.config)
         self.served = Served(self.prompts, end_tokens(own.path, own.revision, self.prompts))
@@ -100,22 +102,13 @@ class _Job:
 
     def run(self) -> Facts:
         """Write everything into the temporary folder."""
-        rounding, precision, base_reading = None, "exact", None
+        rounding, base_reading = None, None
         if self.options.to == "adapter":
             self._write_adapter()
         found, reading = self._reference() if self.options.problems else (None, None)
-        verification: Verification | str = "it was not asked for (--no-verify)"
         if self.options.to != "adapter":
             rounding, base_reading = self._merge(found)
-            precision = self._precision(found)
-        if found is not None:
-            try:
-                reading = reading or self._read_back(found)
-                verification = compare(found, reading, precision, base_reading)
-            except (ImportError, ValueError) as error:
-                if self.options.to != "gguf":
-                    raise
-                verification = f"transformers cannot read this GGUF file here ({str(error).splitlines()[0]})"
+        verification = self._verify(found, reading, base_reading)
         if self.options.to == "gguf":
             shutil.rmtree(self._merged)
         facts = self._facts(found, rounding, verification)
@@ -173,19 +166,31 @@ class _Job:
             convert(self.tools, self._merged, self.folder / self.gguf, self.options.quantization, self.half)
         return rounding, reading
 
-    def _read_back(self, found: Reference) -> Reading:
-        """What the written files say of the reference's answers, loaded as anybody loads them."""
+    def _verify(
+        self, found: Reference | None, reading: Reading | None, base_reading: Reading | None
+    ) -> Verification | str:
+        if found is None:
+            return "it was not asked for (--no-verify)"
+        if reading is not None:
+            return compare(found, reading, "exact")
         self.say("reading the export back")
+        try:
+            model = self._load_back()
+        except (ImportError, ValueError) as error:
+            if self.options.to != "gguf":
+                raise
+            return f"transformers cannot read this GGUF file here ({str(error).strip().splitlines()[0]})"
+        return compare(found, read(model, found.answers), self._precision(found), base_reading)
+
+    def _load_back(self) -> Any:
+        """The written files, loaded as anybody loads them."""
         arguments: dict[str, Any] = {"dtype": "auto"}
         if self.options.to == "gguf":
             arguments = {"dtype": self.base.target, "gguf_file": self.gguf}
-        model = AutoModelForCausalLM.from_pretrained(self.folder, **arguments).to(self._place()).eval()
-        return read(model, found.answers)
+        return AutoModelForCausalLM.from_pretrained(self.folder, **arguments).to(self._place()).eval()
 
-    def _precision(self, found: Reference | None) -> str:
-        """The coarsest precision on the way from the reference to the export."""
-        if found is None:
-            return "exact"
+    def _precision(self, found: Reference) -> str:
+        """The coarsest precision on the way from the reference to a merged model or GGUF file."""
         # What was trained on 4-bit weights and merged onto these very weights meets nothing new.
         trained = found.precision if self.options.onto == "original" else found.dtype
         width = bits(self.options.quantization)

@@ -82,8 +82,7 @@ def _read(name: str, revision: str | None, options: Options) -> Base:
         with torch.device("meta"):
             model = AutoModelForCausalLM.from_config(config)
     except Exception as error:
-        lines = str(error).strip().splitlines() or [type(error).__name__]
-        raise ModelError(f"base model {name!r} cannot be used: {lines[0]}") from error
+        raise ModelError(f"base model {name!r} cannot be used: {_first_line(error)}") from error
     stored = config.dtype or torch.float32
     target = getattr(torch, options.dtype) if options.dtype != "auto" else stored
     if options.dtype == "auto" and stored.itemsize != 2:
@@ -109,13 +108,14 @@ def load_base(base: Base, source: Source, options: Options, device: torch.device
     if options.onto == "dequantized":
         changes = {"device": str(device), "dtype": source.dtype}
         policy = load_policy(source.config.model_copy(update=changes), source.config.seed)
-        model: Any = policy.model.unload()
-        if not getattr(model, "is_loaded_in_4bit", False):
-            raise ModelError("--onto dequantized: this run was not trained on 4-bit weights; leave it out")
-        return model.dequantize(model.dtype)
-    model, report = AutoModelForCausalLM.from_pretrained(
-        base.path, revision=base.revision, dtype=base.dtype, output_loading_info=True
-    )
+        packed: Any = policy.model.unload()
+        return packed.dequantize(packed.dtype)
+    try:
+        model, report = AutoModelForCausalLM.from_pretrained(
+            base.path, revision=base.revision, dtype=base.dtype, output_loading_info=True
+        )
+    except (OSError, RuntimeError, ValueError) as error:
+        raise ModelError(f"base model {base.name!r} could not be loaded: {_first_line(error)}") from error
     if report["missing_keys"]:
         raise ModelError(f"base model {base.name!r}: its weights file lacks {min(report['missing_keys'])}")
     return model.to(device).eval()
@@ -127,7 +127,7 @@ def merge(model: Any, adapter: Path, target: torch.dtype) -> tuple[Any, float]:
 
     Returns:
         The model, changed in place, and how far the rounding moved the adapted weights, in units of how far the adapter
-        did (Euclidean norms): above 1 the rounding outweighs the adapter in any single weight.
+        did (Euclidean norms).
 
     Raises:
         ModelError: the adapter does not fit.
@@ -135,7 +135,7 @@ def merge(model: Any, adapter: Path, target: torch.dtype) -> tuple[Any, float]:
     try:
         adapted = PeftModel.from_pretrained(model, adapter)
     except (OSError, RuntimeError, ValueError, KeyError, TypeError) as error:
-        raise ModelError(f"adapter {adapter} does not fit the base: {str(error).strip().splitlines()[0]}") from error
+        raise ModelError(f"adapter {adapter} does not fit the base: {_first_line(error)}") from error
     embeddings = {id(module.weight) for module in adapted.modules() if isinstance(module, nn.Embedding)}
     moved = rounded = 0.0
     for name, module in adapted.named_modules():
@@ -153,3 +153,7 @@ def merge(model: Any, adapter: Path, target: torch.dtype) -> tuple[Any, float]:
     plain: Any = adapted.unload()
     plain.to(target)
     return plain, (rounded / moved) ** 0.5 if moved else 0.0
+
+
+def _first_line(error: BaseException) -> str:
+    return (str(error).strip().splitlines() or [type(error).__name__])[0]

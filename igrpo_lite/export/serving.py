@@ -96,11 +96,14 @@ def modelfile(
 
 
 def modelfile_origin(kind: Kind, base: Base, gguf: str) -> tuple[str | None, str]:
-    """What FROM names, or why there can be no ``Modelfile``."""
+    """What FROM names, or why there is no ``Modelfile``."""
     if kind == "gguf":
         return f"./{gguf}", ""
+    if base.family not in (OLLAMA_MODELS if kind == "merged-16bit" else OLLAMA_ADAPTERS):
+        what = "models" if kind == "merged-16bit" else "adapters"
+        return None, f"Ollama reads no safetensors {what} of type {base.family}: export --to gguf"
     if kind == "merged-16bit":
-        known = base.family in OLLAMA_MODELS
-        return ("." if known else None), f"Ollama reads no safetensors of {base.family} models: export --to gguf"
-    why = f"Ollama takes no safetensors adapters of {base.family} models: export --to gguf"
-    return (base.path if base.family in OLLAMA_ADAPTERS and Path(base.path).is_dir() else None), why
+        return ".", ""
+    if Path(base.path).is_dir():
+        return base.path, ""
+    return None, f"Ollama needs {base.path} in a folder (hf download --local-dir) for this adapter; or export --to gguf"
