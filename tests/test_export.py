@@ -286,6 +286,13 @@ def test_what_cannot_be_exported(tmp_path, capsys):
     assert "the run has not saved one yet" in capsys.readouterr().err
 
 
+def test_weights_that_were_never_packed_cannot_be_dequantized(tmp_path, capsys):
+    words = ["--to", "merged-16bit", "--onto", "dequantized", "--output", str(tmp_path / "merged")]
+    assert main(["export", str(short_run()), *words]) == 2
+    assert "this run was not trained on 4-bit weights" in capsys.readouterr().err
+    assert not (tmp_path / "merged").exists()
+
+
 def test_an_unknown_base_and_a_full_disk_leave_nothing_behind(tmp_path, capsys):
     run = copied_run(tmp_path, model="nobody/has-this-model")
     output = ["--output", str(tmp_path / "out" / "merged")]

@@ -21,7 +21,7 @@ from tiny_parts import small_config
 from igrpo_lite.cli import main
 from igrpo_lite.errors import UserError
 from igrpo_lite.export.exporting import export
-from igrpo_lite.export.gguf import file_bytes
+from igrpo_lite.export.gguf import file_bytes, find_tools
 from igrpo_lite.export.source import bits, read_source
 from igrpo_lite.training import train
 
@@ -163,9 +163,10 @@ def real_run(checkout, tmp_path_factory) -> Path:
 @pytest.mark.parametrize("quantization", ["bf16", "q8_0", "q4_k_m"])
 def test_llama_cpp_converts_and_the_file_is_what_was_trained(real_run, tmp_path, quantization):
     try:
-        facts = export(source(real_run), options("gguf", tmp_path / "out", quantization=quantization))
+        find_tools(quantization)
     except UserError as error:
         pytest.skip(error.problems[0])  # no llama-quantize
+    facts = export(source(real_run), options("gguf", tmp_path / "out", quantization=quantization))
     assert facts.passed
     found = json.loads((facts.folder / "igrpo.json").read_text(encoding="utf-8"))["verification"]
     assert found["precision"] == {"bf16": "bfloat16", "q8_0": "8-bit", "q4_k_m": "4-bit"}[quantization]

@@ -48,6 +48,9 @@ def check(
     findings += [f"{flag}: must be 1 or more, not {count}" for flag, count in counts.items() if count < 1]
     if findings:
         raise ConfigError(findings)
+    from igrpo_lite.policy.backends import enter
+
+    enter(resolved)
     from igrpo_lite.evaluation.preflight import preflight
     from igrpo_lite.report.plain import PlainScreen, QuietScreen
 

@@ -83,6 +83,9 @@ def evaluate(
     findings += output_findings(output) if output is not None else []
     if findings:
         raise ConfigError(findings)
+    from igrpo_lite.policy.backends import enter
+
+    enter(resolved)
     from igrpo_lite.evaluation.compare import compare
     from igrpo_lite.evaluation.evaluate import Sampling
     from igrpo_lite.report.evaluation import print_evaluation

@@ -54,6 +54,9 @@ def scan(
     findings += scan_findings(output, resolved)
     if findings:
         raise ConfigError(findings)
+    from igrpo_lite.policy.backends import enter
+
+    enter(resolved)
     from igrpo_lite.evaluation.scan import scan as run
     from igrpo_lite.report.plain import PlainScreen, QuietScreen
 

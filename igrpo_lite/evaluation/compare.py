@@ -87,7 +87,7 @@ def compare(
             context.
     """
     problems, prompts, needed, data_notes = _held_out(config, shots)
-    policy = load_policy(config, config.seed, adapter)
+    policy = load_policy(config, config.seed, adapter, context=needed)
     sampler, notes = make_sampler(config, policy, prompts, needed)
 
     def measured(name: str) -> Evaluation:

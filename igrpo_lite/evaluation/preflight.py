@@ -238,7 +238,7 @@ def try_model(
     on_progress: Callable[[int, int], None],
 ) -> Part:
     """Sample from the model as it is, and say what its rewards promise for training."""
-    policy = load_policy(config, config.seed)
+    policy = load_policy(config, config.seed, context=needed)
     sampler, notes = make_sampler(config, policy, prompts, needed)
     try:
         rates = pass_rates(problems, sampler, prompts, config, samples, scorer.score, on_progress)

@@ -74,7 +74,7 @@ def scan(
     left = [problem for problem in fit.kept if _key(problem) not in done]
     scanned = len(fit.kept) - len(left)
     if left:
-        policy = load_policy(config, config.seed)
+        policy = load_policy(config, config.seed, context=needed)
         sampler, _ = make_sampler(config, policy, prompts, needed)
         try:
             with Scorer(config, config.answer_style) as scorer, rates.open("a", encoding="utf-8") as file:

@@ -167,10 +167,10 @@ def base_lines(facts: Facts) -> list[str]:
     """What was put together, for screen and card."""
     config, lora = facts.source.config, facts.source.lora
     revision = f", revision {config.revision}" if config.revision else ""
-    which = facts.source.which
+    which = f"the run's {facts.source.which}" if facts.source.which in ("best", "last") else facts.source.which
     lines = [
         f"base: {config.model}{revision}, trained with its weights in {facts.trained_on}",
-        f"adapter: rank {lora['r']}, alpha {lora['lora_alpha']}; {f'the run has it as its {which}' if which in ('best', 'last') else which}",
+        f"adapter: rank {lora['r']}, alpha {lora['lora_alpha']}; {which}",
     ]
     if facts.rounding is not None:
         lines.append(

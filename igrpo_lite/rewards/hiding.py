@@ -12,8 +12,8 @@ MASK = "?"
 def hide_answer(text: str) -> str:
     """``text`` with :data:`MASK` for its final answer, wherever that stands alone: also in the step that found it.
 
-    ``27+30=57; \\boxed{57}`` becomes ``27+30=?; \\boxed{?}``, while ``157``, ``5.57`` and ``1,057`` stay. So does a text
-    without an answer.
+    ``27+30=57; \\boxed{57}`` becomes ``27+30=?; \\boxed{?}``, while ``157``, ``5.57`` and ``1,057`` stay. So does a
+    text without an answer.
     """
     found = find_answer(text)
     if found is None:

@@ -13,6 +13,9 @@ def train(config: RunConfig) -> dict[str, Any]:
     Raises:
         UserError: the settings, data, model, rewards or folder cannot work; whatever was already made is kept.
     """
+    from igrpo_lite.policy.backends import enter
+
+    enter(config)  # first: Unsloth, where it is chosen, patches what the rest imports
     from igrpo_lite.training.run import run
 
     return run(config)

@@ -69,7 +69,7 @@ def prepare(config: RunConfig) -> Prepared:
             )
         needed = max(check_context(config, prompts, problem) for problem in (train.longest, held_out.longest))
         prompts.max_length = needed - config.max_completion_length
-        policy = load_policy(config, config.seed)
+        policy = load_policy(config, config.seed, context=needed)
         if config.gradient_checkpointing:
             recompute_activations(policy.model)
         if isinstance(best_layout(policy.model.get_base_model()), RowLayout):
