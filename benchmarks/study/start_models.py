@@ -1,8 +1,10 @@
-"""Makes the study's start models from nothing: ``python benchmarks/study/start_models.py addition --output-dir DIR``.
+"""Makes the study's start models from nothing: ``start_models.py addition-base --output-dir DIR``.
 
 As :mod:`igrpo_lite.tiny.build` makes the bundled model, for other subjects: the synthetic sets ``addition`` and
-``multiplication``, and ``words``, real word problems whose files are given on the command line. The last long phase
-ends as soon as enough held-out problems are right, so that there is something left to learn.
+``multiplication``, and ``words``, real word problems whose files are given on the command line. Each comes in two
+parts, a base and what goes on from it (:data:`COURSES`); the recipes beside this file have the commands. In the second
+part ``addition`` and ``multiplication`` learn to state the bare answer in most problems of some kinds. So reinforcement
+learning has something to gain there, to write the calculation down, and, where a draft is shown, an answer to copy.
 """
 
 from __future__ import annotations
