@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import re
 from collections.abc import Callable
 from dataclasses import asdict, dataclass
 from pathlib import Path
@@ -141,10 +140,4 @@ def _data_notes(config: RunConfig, sets: ProblemSets, dropped: int) -> list[str]
         )
     if dropped:
         notes.append(f"left out {dropped} held-out problems longer than {config.max_prompt_length} prompt tokens")
-    names = f"{config.eval_data or config.data}".lower()
-    if "qwen2.5-math" in config.model.lower() and re.search(r"math[-_]?500", names):
-        notes.append(
-            "Qwen2.5-Math models can recite parts of MATH-500 (arXiv 2507.10532): neither its accuracy nor a change of "
-            "it means much; use a newer or a synthetic set"
-        )
-    return notes
+    return notes + sets.report.notes
