@@ -60,8 +60,10 @@ def evaluates(step_calls):
     seen = []
 
     def picked(_, requests, *__):
-        seen.extend([1] * isinstance(requests[0].tag, int))
-        return isinstance(requests[0].tag, int) and len(seen) == step_calls
+        tag = requests[0].tag
+        evaluation = tag is not None and not hasattr(tag, "slot")  # a place in a step is the training's
+        seen.extend([1] * evaluation)
+        return evaluation and len(seen) == step_calls
 
     return picked
 
