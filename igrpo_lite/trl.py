@@ -86,7 +86,7 @@ class IGRPOConfig(GRPOConfig):
     num_drafts: int | None = field(
         default=None, metadata={"help": "Drafts per prompt in stage 1; unset: as many as num_generations."}
     )
-    draft_selection: Literal["best", "random", "worst_formatted"] = field(
+    draft_selection: Literal["best", "random", "worst", "worst_formatted", "mixed"] = field(
         default="best", metadata={"help": _ROLLOUT["draft_selection"].description}
     )
     draft_tie_break: Literal["first", "random", "shortest"] = field(
@@ -95,7 +95,7 @@ class IGRPOConfig(GRPOConfig):
     truncated_drafts: Literal["last_resort", "allow"] = field(
         default="last_resort", metadata={"help": _ROLLOUT["truncated_drafts"].description}
     )
-    draft_fallback: Literal["none", "plain"] = field(
+    draft_fallback: Literal["none", "plain", "agree"] = field(
         default="none", metadata={"help": _ROLLOUT["draft_fallback"].description}
     )
     stage2_template: str | None = field(

@@ -9,6 +9,7 @@ import subprocess
 import sys
 import time
 from collections.abc import Callable
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -163,7 +164,9 @@ def test_killed_and_interrupted_comparisons_go_on(tmp_path, capsys):
 
     def stopped(number: signal.Signals, when: Callable[[], bool]) -> tuple[int, str]:
         command = [sys.executable, "-m", "igrpo_lite", *arguments]
-        with subprocess.Popen(command, stderr=subprocess.PIPE, text=True) as process:
+        # A shell's background job inherits that Ctrl-C is ignored; here it must not be.
+        usual = partial(signal.signal, signal.SIGINT, signal.SIG_DFL)
+        with subprocess.Popen(command, stderr=subprocess.PIPE, text=True, preexec_fn=usual) as process:
             wait_for(lambda: when() or process.poll() is not None)
             process.send_signal(number)
             _, errors = process.communicate(timeout=120)

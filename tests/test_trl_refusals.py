@@ -47,14 +47,14 @@ def test_trls_parser_reads_flags_and_files(tmp_path):
 def test_wrong_settings_are_named_at_once(tmp_path):
     wrong = {
         "num_drafts": 0,
-        "draft_selection": "worst",
+        "draft_selection": "worse",
         "stage2_template": "{draft}",
         "per_device_train_batch_size": 3,
     }
     with pytest.raises(ConfigError) as caught:
         IGRPOConfig(str(tmp_path), use_cpu=True, num_generations=4, gradient_accumulation_steps=2, **wrong)
     assert len(caught.value.problems) == 4
-    for words in ("num_drafts: 0", "draft_selection: 'worst'", "{question}", "3 x 2 steps per generation = 6"):
+    for words in ("num_drafts: 0", "draft_selection: 'worse'", "{question}", "3 x 2 steps per generation = 6"):
         assert words in str(caught.value)
     for mended in ({"per_device_train_batch_size": 2}, {"gradient_accumulation_steps": 4}):  # what the message says
         IGRPOConfig(str(tmp_path), **{"use_cpu": True, "num_generations": 4, "gradient_accumulation_steps": 2} | mended)
