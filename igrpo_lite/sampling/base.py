@@ -89,6 +89,22 @@ class Sampler(Protocol):
         ...
 
 
+class HoldsNothing:
+    """What a sampler need not do that runs the policy's own modules and keeps nothing between runs."""
+
+    def sleep(self) -> None:
+        """Nothing is held between runs."""
+
+    def wake(self) -> None:
+        """Nothing to take again."""
+
+    def rebuild(self) -> None:
+        """Nothing to make anew."""
+
+    def close(self) -> None:
+        """Nothing to free."""
+
+
 def request_seed(*path: object) -> int:
     """A 63-bit seed from what identifies a request: run seed, step, problem id, stage, index.
 

@@ -19,12 +19,12 @@ from transformers import (
 
 from igrpo_lite.policy.loading import Policy
 from igrpo_lite.policy.precision import low_precision
-from igrpo_lite.sampling.base import OnFinished, Poll, Request
+from igrpo_lite.sampling.base import HoldsNothing, OnFinished, Poll, Request
 from igrpo_lite.sampling.transformers import _Rows
 from igrpo_lite.types import Completion
 
 
-class GenerateSampler:
+class GenerateSampler(HoldsNothing):
     """Implements :class:`igrpo_lite.sampling.base.Sampler` on ``policy.model.generate()``.
 
     Draws the same tokens as the transformers sampler, from each request's own seed; ``generate()`` is only asked for
@@ -44,18 +44,6 @@ class GenerateSampler:
 
     def load_adapter(self) -> None:
         """The policy itself is run."""
-
-    def sleep(self) -> None:
-        """Nothing is held between runs."""
-
-    def wake(self) -> None:
-        """Nothing to take again."""
-
-    def rebuild(self) -> None:
-        """Nothing to make anew."""
-
-    def close(self) -> None:
-        """Nothing to free."""
 
     @torch.no_grad()
     def run(

@@ -18,7 +18,7 @@ from torch.nn.functional import pad
 from transformers import DynamicCache, PreTrainedModel, PreTrainedTokenizerBase
 
 from igrpo_lite.policy.heads import split_heads
-from igrpo_lite.sampling.base import OnFinished, Poll, Request
+from igrpo_lite.sampling.base import HoldsNothing, OnFinished, Poll, Request
 from igrpo_lite.sampling.replica import Replica
 from igrpo_lite.sampling.slots import PrefixKV, SlotCache
 from igrpo_lite.types import Completion
@@ -27,7 +27,7 @@ _PREFILL_TOKENS = 8192
 _LAST_UNIFORM = 1.0 - 2.0**-22  # below 1 also after rounding to float32, so that inversion never passes the last token
 
 
-class TransformersSampler:
+class TransformersSampler(HoldsNothing):
     """Implements :class:`igrpo_lite.sampling.base.Sampler` on the policy's own transformers model.
 
     Results depend on a request's seed and prompt only, not on what else is in the batch (up to floating-point ties
@@ -55,18 +55,6 @@ class TransformersSampler:
 
     def load_adapter(self) -> None:
         self.replica.refresh()
-
-    def sleep(self) -> None:
-        """Nothing is held between runs."""
-
-    def wake(self) -> None:
-        """Nothing to take again."""
-
-    def rebuild(self) -> None:
-        """Nothing to make anew."""
-
-    def close(self) -> None:
-        """Nothing to free."""
 
     @torch.no_grad()
     def run(
