@@ -8,6 +8,7 @@ from models import VOCAB, make_model
 from torch import nn
 from transformers.integrations.sdpa_attention import sdpa_attention_forward
 
+from igrpo_lite.policy import causal_attention
 from igrpo_lite.policy.attention import GROUPED_SDPA, grouped_attention, register
 
 
@@ -50,3 +51,32 @@ def test_whole_models_agree_with_and_without_a_mask():
     torch.testing.assert_close(
         model(input_ids=ids, attention_mask=mask).logits[:, 3:], expected[1][:, 3:], rtol=1e-4, atol=1e-4
     )
+
+
+@pytest.mark.parametrize("groups", [1, 2, 4])
+def test_copied_keys_give_the_same(groups, monkeypatch):
+    """As on GPUs below capability 8.0: no call with shared keys is left, values and gradients are the same."""
+    torch.manual_seed(0)
+    query = torch.randn(2, 4, 6, 8, requires_grad=True)
+    key, value = (torch.randn(2, 4 // groups, 6, 8, requires_grad=True) for _ in range(2))
+    shared, outputs = [], []
+    real = nn.functional.scaled_dot_product_attention
+
+    def sdpa(*arguments, **kwargs):
+        shared.append(arguments[0].shape[1] != arguments[1].shape[1])
+        return real(*arguments, **kwargs)
+
+    monkeypatch.setattr(nn.functional, "scaled_dot_product_attention", sdpa)
+    for copies in (False, True):
+        monkeypatch.setattr(causal_attention, "copies_keys", lambda device, copies=copies: copies)
+        output, _ = grouped_attention(Layer(groups), query, key, value, None, scaling=0.3)
+        outputs.append((output, *torch.autograd.grad((output**3).sum(), (query, key, value))))
+    assert shared == [groups > 1, False]
+    torch.testing.assert_close(outputs[0], outputs[1], rtol=1e-4, atol=1e-6)
+
+
+def test_a_gpu_of_capability_7_5_copies_keys(monkeypatch):
+    for capability, copies in (((7, 5), True), ((8, 0), False), ((9, 0), False)):
+        monkeypatch.setattr(torch.cuda, "get_device_capability", lambda device, found=capability: found)
+        assert causal_attention.copies_keys(torch.device("cuda")) == copies
+    assert not causal_attention.copies_keys(torch.device("cpu"))

@@ -9,8 +9,8 @@ heads, ``r`` the rank:
 * LoRA's A keeps its input, once for all layers that read the same: ``b h`` before attention and before the MLP, ``b q``
   and ``b f`` before their last layers; B keeps what A made: ``b r``;
 * the MLP keeps the gate before and after its activation, and the other factor: ``3 b f``;
-* attention keeps queries, keys, values, its output and a sum by head: ``2 b q + 2 b k + 4 heads``; in trees keys and
-  values of a trunk stand once for the trunk and once more for each of its branches;
+* attention keeps queries, keys, values, its output and a sum by head: ``2 b q + 2 b k + 4 heads``; ``4 b q`` where it
+  copies keys and values; in trees those of a trunk stand once for the trunk and once more for each of its branches;
 * frozen weights keep nothing, and neither do sums, rotations (but their angles) or casts, except those of the adapter's
   own weights.
 """
@@ -62,18 +62,18 @@ class Activations(NamedTuple):
 
 
 def activations(
-    shape: Shape, adapter: Adapter, batch: Batch, *, item: int, checkpointing: bool, math: bool = False
+    shape: Shape, adapter: Adapter, batch: Batch, *, item: int, checkpointing: bool, copies: bool = False
 ) -> Activations:
     """Bytes that one micro-batch takes beyond weights, gradients and optimizer.
 
     Args:
         item: bytes a value that the model computes in.
-        math: attention without a mask runs in torch's plain form, which keeps all scores in float32.
+        copies: attention without a mask copies shared keys and values (``policy.causal_attention``).
     """
     h, tokens = shape.hidden, batch.tokens
     norm = (4 * h + 4) * tokens
     mlp = _mlp(shape, adapter, item) * tokens
-    block = _attention(shape, adapter, batch, item, math) + mlp
+    block = _attention(shape, adapter, batch, item, copies) + mlp
     stream = item * h * tokens
     angles = 2 * item * shape.head_dim * (tokens if batch.leaves else batch.causal[1])
     casts = item * adapter.parameters if item < 4 and not checkpointing else 0
@@ -82,8 +82,7 @@ def activations(
     kept = (adapter.layers * stream if checkpointing else adapter.layers * block - norm) + others
     # While a block is differentiated, the last norm and the head's gradients are gone.
     layer = kept - norm - item * h * batch.rows + (block if checkpointing else 0)
-    scores = 8 * shape.heads * batch.causal[0] * batch.causal[1] ** 2 if math else 0
-    layer += max(_working(shape, adapter, item, checkpointing) * tokens, scores - mlp)
+    layer += _working(shape, adapter, item, checkpointing) * tokens
     last_norm = kept + 20 * h * tokens  # differentiated with everything still there: five tensors in float32
     tile = head_tile(shape, batch.rows, item)
     head = kept + stream + item * h * batch.rows + tile
@@ -97,23 +96,20 @@ def head_tile(shape: Shape, rows: int, item: int) -> int:
     return rows * columns * (8 + (item if item < 4 else 0)) + 8 * rows * shape.hidden
 
 
-def _attention(shape: Shape, adapter: Adapter, batch: Batch, item: int, math: bool) -> float:
+def _attention(shape: Shape, adapter: Adapter, batch: Batch, item: int, copies: bool) -> float:
     h, q, k, heads = shape.hidden, shape.queries, shape.keys, shape.heads
     count, length = batch.causal
     # Rows longer than a window need a mask, which torch makes a number for every score and copies for shared keys.
     masked = shape.window is not None and length > shape.window
     # Fused attention's output has the layout that the next layer wants, unless it is pieced together.
-    pieced = bool(batch.leaves) or math or masked or shape.fused
+    pieced = bool(batch.leaves) or masked or shape.fused
     readers, last = adapter.reading("attention"), adapter.reading("heads")
     each = (4 * h + 4) * (shape.norms // 2) + item * (h * bool(readers) + q * (bool(last) and pieced))
     each += item * adapter.rank * (len(readers) + len(last))
     if shape.qk_norm:
         each += 4 * (q + k) + 4 * (heads + shape.kv_heads)
-    if math:  # queries, keys and values in float32 with a copy for every query head, and all scores
-        causal = count * length * 12 * q + 4 * heads * count * length**2
-    else:
-        causal = count * length * (item * (2 * q + 2 * k) + 4 * heads)
-    if shape.fused and not batch.leaves:  # the values are a view of one tensor with queries and keys
+    causal = count * length * (item * (2 * q + 2 * (q if copies else k)) + 4 * heads)
+    if shape.fused and not batch.leaves and not copies:  # the values are a view of one tensor with queries and keys
         causal += count * length * item * (q + k)
     if masked:
         causal += item * (heads // shape.kv_heads) * count * length**2

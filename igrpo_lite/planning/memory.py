@@ -88,9 +88,8 @@ class Setup:
         return self.shape.window is not None or self.config.backend == "unsloth"
 
     @property
-    def math_attention(self) -> bool:
-        """Attention without a mask falls back to torch's plain form: before capability 8.0 no fused kernel takes
-        several query heads to a key head (https://github.com/huggingface/transformers/issues/48633)."""
+    def copied_keys(self) -> bool:
+        """Attention without a mask copies the keys that query heads share (``policy.causal_attention``)."""
         return self.gpu.capability < (8, 0) and self.shape.heads != self.shape.kv_heads
 
     @cached_property
@@ -167,7 +166,7 @@ def phases(setup: Setup) -> tuple[Phase, ...]:
         update_batch(setup),
         item=setup.item,
         checkpointing=setup.config.gradient_checkpointing,
-        math=setup.math_attention,
+        copies=setup.copied_keys,
     )
     block = max(found.blocks, found.head - found.tile)
     return (
@@ -215,19 +214,17 @@ def captured_graphs(max_num_seqs: int) -> int:
     return 2 * (sizes(max_num_seqs) + sizes(2 * max_num_seqs))
 
 
-def prompt_working(shape: Shape, item: int, scores: int | None = None) -> int:
+def prompt_working(shape: Shape, item: int) -> int:
     """Bytes for each prompt token of a forward pass without gradients through the adapted model.
 
     Beside its keys and values: four versions of the residual stream, and inside the MLP the activated gate, the other
-    factor, LoRA's twice in float32 and the cast input; or inside attention, where it computes all ``scores`` of a
-    token, these twice.
+    factor, LoRA's twice in float32 and the cast input. Attention needs less, also where it copies keys and values.
     """
-    h, f, q, k = shape.hidden, shape.intermediate, shape.queries, shape.keys
+    h, f = shape.hidden, shape.intermediate
     streams = 4 * item * h
     mlp = (item + 8) * 2 * f if shape.fused else (2 * item + 8) * f
     mlp += 4 * h if item < 4 else 0
-    attention = 0 if scores is None else 8 * shape.heads * scores + 12 * q + 2 * item * (q + k)
-    return streams + max(mlp, attention)
+    return streams + mlp
 
 
 def _phase(
@@ -256,7 +253,7 @@ def _sampling(setup: Setup) -> int:
         prompts = (2 if large else 1) * PREFILL * item * (4 * shape.hidden + 3 * shape.intermediate)
     else:
         width = min(longest(config).refined, setup.sequence_tokens)
-        prompts = max(PREFILL, width) * prompt_working(shape, item, width if setup.math_attention else None)
+        prompts = max(PREFILL, width) * prompt_working(shape, item)
     sequences = min(config.max_num_seqs, max(config.eval_size, config.prompts_per_step * sum(stage_sizes(config))))
     drawing = sequences * shape.vocab * LOGITS["vllm" if setup.vllm else "transformers"]
     return max(prompts, drawing) + _unpacked(setup)

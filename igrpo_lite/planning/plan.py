@@ -178,8 +178,6 @@ def _notes(setup: Setup, model: Model) -> Iterator[str]:
     if setup.four_bit and setup.vllm and config.share_weights:
         copy = setup.weight_bytes / GIB
         yield f"policy and vLLM share the 4-bit weights, as with Unsloth; where they cannot, add {copy:.2f} GiB"
-    if setup.math_attention:
-        yield "below capability 8.0 attention over prompts keeps all its scores, which is counted"
     if setup.vllm and not setup.given_back:
         yield "vLLM is taken to keep its keys and values during updates, as versions before 0.31 do"
     if not shape.exact:

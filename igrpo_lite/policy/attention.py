@@ -15,6 +15,7 @@ from transformers import AttentionInterface
 from transformers.integrations.sdpa_attention import sdpa_attention_forward
 from transformers.masking_utils import AttentionMaskInterface, sdpa_mask
 
+from igrpo_lite.policy.causal_attention import causal_attention
 from igrpo_lite.policy.tree_attention import TreePlan
 
 GROUPED_SDPA = "grouped_sdpa"
@@ -34,14 +35,17 @@ def grouped_attention(
 ) -> tuple[Tensor, None]:
     """Attention of ``query [B, H, T, D]`` over ``key``, ``value [B, H / n, L, D]`` under ``mask [B, 1, T, L]``.
 
-    Falls back to transformers' ``sdpa`` where there is no mask (its causal kernels need none) or nothing to fold. Given
-    packed ``token_trees``, their plan attends instead and the mask is not looked at.
+    Falls back to transformers' ``sdpa`` where there is no mask (its causal kernels need none:
+    :mod:`igrpo_lite.policy.causal_attention`) or nothing to fold. Given packed ``token_trees``, their plan attends
+    instead and the mask is not looked at.
     """
     if token_trees is not None:
         return token_trees.attend(module, query, key, value, scaling, **kwargs), None
+    if attention_mask is None:
+        return causal_attention(module, query, key, value, dropout, scaling, **kwargs)
     groups = getattr(module, "num_key_value_groups", 1)
     biased = kwargs.get("position_bias") is not None
-    if attention_mask is None or attention_mask.shape[1] != 1 or groups == 1 or biased:
+    if attention_mask.shape[1] != 1 or groups == 1 or biased:
         return sdpa_attention_forward(module, query, key, value, attention_mask, dropout, scaling, **kwargs)
     batch, heads, length, width = query.shape
     folded = query.reshape(batch, heads // groups, groups * length, width)

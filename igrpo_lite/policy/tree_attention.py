@@ -17,8 +17,8 @@ import numpy as np
 import torch
 from torch import Tensor, nn
 from torch.nn.functional import pad, scaled_dot_product_attention
-from transformers.integrations.sdpa_attention import sdpa_attention_forward
 
+from igrpo_lite.policy.causal_attention import causal_attention
 from igrpo_lite.policy.tree import Branch, TokenTree
 
 if TYPE_CHECKING:
@@ -49,7 +49,7 @@ class SdpaTrees:
             q, k, v = query[:, :, nodes], key[:, :, nodes], value[:, :, nodes]
             # Copies: views would keep all of query, key and value for the backward pass, beside the branches' own.
             trunk = [t[:, :, : tree.trunk].contiguous() for t in (q, k, v)]
-            parts.append(sdpa_attention_forward(module, *trunk, None, scaling=scaling, is_causal=True)[0])
+            parts.append(causal_attention(module, *trunk, scaling=scaling, is_causal=True)[0])
             if tree.rows is not None:
                 parts.append(tree.branches(q, k, v, scaling))
             start += tree.size
