@@ -18,7 +18,7 @@ lint: $(VENV)/.installed-test
 	$(BIN)/ruff format --check .
 	$(BIN)/mypy
 
-docs: $(VENV)/.installed ## rewrite docs/config.md and docs/cli.md from the code
+docs: $(VENV)/.installed ## rewrite from the code: settings, command line, tables, and the plans in recipes
 	$(BIN)/python -m igrpo_lite.cli.docs docs
 
 wheel: $(VENV)/.installed

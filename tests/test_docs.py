@@ -4,6 +4,8 @@ from __future__ import annotations
 
 from pathlib import Path
 
+import pytest
+
 from igrpo_lite.cli import docs
 from igrpo_lite.fields import FIELDS
 
@@ -13,6 +15,11 @@ DOCS = Path(__file__).resolve().parents[1] / "docs"
 def test_generated_pages_are_current() -> None:
     assert (DOCS / "config.md").read_text(encoding="utf-8") == docs.config_page()
     assert (DOCS / "cli.md").read_text(encoding="utf-8") == docs.cli_page()
+
+
+@pytest.mark.parametrize("page", docs.TABLES)
+def test_tables_within_pages_are_current(page: str) -> None:
+    assert (DOCS / page).read_text(encoding="utf-8") == docs.filled_page(DOCS, page)
 
 
 def test_every_setting_is_documented_once() -> None:

@@ -61,7 +61,7 @@ def test_the_defaults_alone_fit_no_small_card():
     assert chosen("qwen2-1.5b", "4090").verdict == "fits"
 
 
-@pytest.mark.parametrize("path", sorted((ROOT / "recipes").glob("*-qwen*.yaml")), ids=lambda path: path.stem)
+@pytest.mark.parametrize("path", sorted((ROOT / "recipes").rglob("qwen2*/*_t4.yaml")), ids=lambda path: path.stem)
 @pytest.mark.parametrize("gpu", ["t4", "3060", "a100-80"])
 def test_recipes_for_gpus_fit(path, gpu):
     values = load_file(path)
@@ -282,11 +282,11 @@ def test_plan_reports_all_mistakes_at_once(capsys):
 
 
 def test_plan_takes_a_recipe_and_keeps_what_it_says(capsys):
-    recipe = ROOT / "recipes" / "gsm8k-qwen2-1.5b.yaml"
+    recipe = ROOT / "recipes" / "qwen2-1.5b" / "s-grpo_t4.yaml"
     assert main(["plan", "--config", str(recipe), "--gpu", "4090", "--json"]) == 0
     found = json.loads(capsys.readouterr().out)
-    assert found["settings"]["gradient_checkpointing"] is load_file(recipe)["gradient_checkpointing"]
-    assert "gradient_checkpointing" not in found["chosen"]
+    assert found["load_in_4bit"] is load_file(recipe)["load_in_4bit"] is True
+    assert "load_in_4bit" not in found["chosen"]
 
 
 @pytest.mark.skipif(os.name == "nt", reason="the driver's tool is stood in for by a shell script")

@@ -56,7 +56,25 @@ def plan_run(
     """Say what a run takes on a GPU, by arithmetic alone: memory in each phase, the time, and the change that helps
     most if it does not fit. It takes the flags of train; settings of memory that neither a flag nor the recipe names
     are chosen so that the run fits. Exit code 3: it does not."""
-    resolved = checked(config, settings | UNTRAINED, files=False)
+    made, chosen = settled(gpu, config, settings, mean_completion, mean_prompt)
+    better = changes(made) if made.verdict != "fits" else []
+    if json:
+        found = made.to_json() | {"chosen": chosen, "changes": [_change(change) for change in better]}
+        print(json_module.dumps(found, indent=2))
+    else:
+        print("\n".join([*_lines(made, chosen, better), *_times(made, price)]))
+    return DOES_NOT_FIT if made.verdict == "no" else 0
+
+
+def settled(
+    gpu: str | None,
+    config: str | None,
+    settings: Mapping[str, Any],
+    mean_completion: int | None = None,
+    mean_prompt: int | None = None,
+) -> tuple[Plan, dict[str, Any]]:
+    """The plan of a recipe and flags on a GPU, with the settings of memory that were left open and had to be chosen."""
+    resolved = checked(config, {**settings, **UNTRAINED}, files=False)
     named = {name for name, value in settings.items() if value is not None}
     if config is not None:
         named |= {str(key).replace("-", "_") for key in load_file(find(config))}
@@ -66,15 +84,8 @@ def plan_run(
         chosen["load_in_4bit"] = True
         resolved = resolved.model_copy(update=chosen)
     chosen |= suggest(resolved, model, card, keep=named, completion=mean_completion, prompt=mean_prompt)
-    settled = resolved.model_copy(update=chosen)
-    made = plan(settled, model, card, completion=mean_completion, prompt=mean_prompt)
-    better = changes(made) if made.verdict != "fits" else []
-    if json:
-        found = made.to_json() | {"chosen": chosen, "changes": [_change(change) for change in better]}
-        print(json_module.dumps(found, indent=2))
-    else:
-        print("\n".join([*_lines(made, chosen, better), *_times(made, price)]))
-    return DOES_NOT_FIT if made.verdict == "no" else 0
+    made = plan(resolved.model_copy(update=chosen), model, card, completion=mean_completion, prompt=mean_prompt)
+    return made, chosen
 
 
 def _found(name: str | None, config: RunConfig) -> tuple[Gpu, Model]:
@@ -120,7 +131,7 @@ def _lines(made: Plan, chosen: Mapping[str, Any], better: list[Change]) -> Itera
     yield f"{made.model.hub_id}, {weights}, on {gpu.name} ({total:.1f} GiB, compute capability {capability})"
     yield _work(config)
     if chosen:
-        yield f"chosen: {' '.join(_flag(name, value) for name, value in chosen.items())}"
+        yield f"chosen: {flags(chosen)}"
     yield ""
     yield f"{'GiB':20}" + "".join(f"{phase.name:>10}" for phase in made.phases)
     for part in PARTS:
@@ -167,6 +178,11 @@ def _times(made: Plan, price: float | None) -> Iterator[str]:
         yield f"in {config.max_minutes:g} minutes: about {time.affordable(config.max_minutes)} steps"
     lengths = time.lengths
     yield f"for completions of {lengths.completion} and prompts of {lengths.prompt} tokens on average; {BASIS}"
+
+
+def flags(settings: Mapping[str, Any]) -> str:
+    """Settings as they are given on the command line."""
+    return " ".join(_flag(name, value) for name, value in settings.items())
 
 
 def _flag(name: str, value: Any) -> str:

@@ -1,4 +1,4 @@
-"""``igrpo-lite recipes``: the configurations that come with the package, listed and copied."""
+"""``igrpo-lite recipes``: the configurations that come with the package, listed, shown and copied."""
 
 from __future__ import annotations
 
@@ -12,13 +12,21 @@ from cyclopts import App, Parameter
 from igrpo_lite.errors import ConfigError
 from igrpo_lite.fields import nearest
 
+CARD = re.compile(r"(?P<model>[^/]+)/(?P<method>[^/_]+)_(?P<card>[^/_]+)")
+"""Names of recipes that are made for one GPU; model and card as ``igrpo-lite models`` and ``gpus`` call them."""
+
+_Name = Annotated[str, Parameter(help="Name from igrpo-lite recipes ls; its last part is enough.")]
+
 
 def app() -> App:
-    """The two verbs of recipes."""
+    """The verbs of recipes."""
     group = App(
-        name="recipes", help="List the recipes that come with igrpo-lite, or copy one to start from.", help_epilogue=""
+        name="recipes",
+        help="List the recipes that come with igrpo-lite, show one, or copy one to start from.",
+        help_epilogue="",
     )
     group.command(ls, name="ls")
+    group.command(show, name="show")
     group.command(cp, name="cp")
     return group
 
@@ -31,24 +39,25 @@ def folder() -> Path:
 
 
 def names() -> list[str]:
-    """The recipes by name."""
-    return sorted(path.stem for path in folder().glob("*.yaml"))
+    """The recipes by name, with the folder that they lie in: general ones first, then those for one GPU."""
+    found = [path.relative_to(folder()).with_suffix("").as_posix() for path in folder().rglob("*.yaml")]
+    return sorted(found, key=lambda name: ("/" in name, name))
+
+
+def path_of(name: str) -> Path:
+    """The file of a recipe that is there."""
+    return folder() / f"{name}.yaml"
 
 
 def find(recipe: str) -> Path:
-    """The file of a recipe given by path or by name."""
+    """The file of a recipe given by path, or by name, with or without its folder."""
     path = Path(recipe)
-    if path.is_file():
-        return path
-    name = path.name.removesuffix(".yaml")  # not ``stem``, which would cut at a version's dot
-    if name in names() and path.parent.name in ("", "recipes"):
-        return folder() / f"{name}.yaml"
-    raise ConfigError(_missing(recipe))
+    return path if path.is_file() else path_of(_named(recipe))
 
 
 def summary(name: str) -> str:
     """A recipe's opening sentence."""
-    lines = (folder() / f"{name}.yaml").read_text(encoding="utf-8").splitlines()[1:]
+    lines = path_of(name).read_text(encoding="utf-8").splitlines()[1:]
     comment = itertools.takewhile(lambda line: line.startswith("#"), lines)
     return " ".join(line.lstrip("# ") for line in comment).partition(". ")[0].rstrip(".")
 
@@ -60,17 +69,21 @@ def ls() -> None:
         print(f"{name:{width}}  {summary(name)}")
 
 
+def show(name: _Name, /) -> None:
+    """Print a recipe."""
+    print(path_of(_named(name)).read_text(encoding="utf-8"), end="")
+
+
 def cp(
-    name: Annotated[str, Parameter(help="Recipe to copy.")],
+    name: _Name,
     dest: Annotated[Path | None, Parameter(help="File or folder to copy to; unset: here.")] = None,
     /,
 ) -> None:
     """Copy a recipe, and the files that it names, to start from. Nothing is overwritten."""
-    if name not in names():
-        raise ConfigError(_missing(name))
+    name = _named(name)
     target = dest or Path()
-    target = target / f"{name}.yaml" if dest is None or target.is_dir() else target
-    text = (folder() / f"{name}.yaml").read_text(encoding="utf-8").replace(f"recipes/{name}.yaml", target.as_posix())
+    target = target / path_of(name).name if dest is None or target.is_dir() else target
+    text = path_of(name).read_text(encoding="utf-8").replace(f"recipes/{name}.yaml", target.as_posix())
     copies: dict[Path, str] = {}
     for mention in sorted(set(re.findall(r"\brecipes/[\w/-]+\.(?:py|jsonl)\b", text))):
         companion = target.parent / Path(mention).name
@@ -84,9 +97,27 @@ def cp(
         _write(path, content)
 
 
-def _missing(recipe: str) -> str:
-    near = nearest(Path(recipe).name.removesuffix(".yaml"), names())
-    return f"no such recipe: {recipe}" + (f"; did you mean {near}?" if near else "; see igrpo-lite recipes ls")
+def _named(recipe: str) -> str:
+    """The name that is meant: whole, or without its folder where only one is called so.
+
+    Raises:
+        ConfigError: there is none, or there are several.
+    """
+    known = names()
+    wanted = recipe.replace("\\", "/").removesuffix(".yaml").removeprefix("recipes/")
+    if wanted in known:
+        return wanted
+    alike = [name for name in known if name.rpartition("/")[2] == wanted]
+    if len(alike) == 1:
+        return alike[0]
+    inside = alike or [name for name in known if name.startswith(f"{wanted.rstrip('/')}/")]
+    if inside:
+        raise ConfigError(f"{recipe} may be {', '.join(inside)}; name one of them")
+    ends = {name.rpartition("/")[2]: name for name in known}
+    near = nearest(wanted, known) or ends.get(nearest(wanted.rpartition("/")[2], ends) or "")
+    raise ConfigError(
+        f"no such recipe: {recipe}" + (f"; did you mean {near}?" if near else "; see igrpo-lite recipes ls")
+    )
 
 
 def _write(path: Path, content: str) -> None:
