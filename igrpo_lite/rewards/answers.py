@@ -6,7 +6,8 @@ Places are tried in this order, and the first that holds something wins:
 2. the last ``<answer>...</answer>``,
 3. the line after the last ``####`` if it starts with a number (``#### Step 3`` is a heading),
 4. the clause after the last "the answer is", "final answer:",
-5. the last number.
+5. the last number, with the expression that it is a part of: ``2\sqrt{3}``, not 3
+   (:mod:`igrpo_lite.rewards.last_value`).
 
 The rules for ties:
 
@@ -16,8 +17,8 @@ The rules for ties:
   "2 or 3".
 * Several different values in the chosen place, where the gold answer is one value, are ``several_answers``, whether the
   right one is among them or not. Where the gold answer is a list or a set, they are compared with it.
-* Once a box, a tag or a ``####`` was given, a turn that the model goes on to write for somebody else ends the answer
-  (``<|im_start|>``, a line "user", "Question: ..."): what follows is another question's.
+* Once a box, a tag, a ``####`` or "the answer is" with a number was given, a turn that the model goes on to write for
+  somebody else ends the answer (``<|im_start|>``, a line "user", "Question: ..."): what follows is another question's.
 * A truncated completion states an answer only in the first three places.
 
 Everything is linear in the length of the text.
@@ -29,9 +30,11 @@ import re
 from collections import deque
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
+from itertools import islice
 from typing import Literal
 
 from igrpo_lite.rewards.equality import Opinion, same_answer, states_several
+from igrpo_lite.rewards.last_value import last_value
 from igrpo_lite.rewards.quantities import MAX_TEXT, parse_number
 
 Source = Literal["box", "tag", "hash", "phrase", "number"]
@@ -46,6 +49,9 @@ MAX_SHOWN = 200
 MAX_JOINT = 60
 """Characters between two boxes that are looked into for a conjunction."""
 
+MAX_PHRASES = 20
+"""Phrases that are looked into for the end of the model's own turn."""
+
 _BOX = re.compile(r"\\(?:boxed|fbox|framebox)\s*(?:\{|(?P<bare>[-+]?[0-9][0-9,.]*))")
 _BRACE = re.compile(r"\\.|[{}]", re.DOTALL)
 _TAG = re.compile(r"</?answer>", re.IGNORECASE)
@@ -53,19 +59,23 @@ _DRESSING = re.compile(r"\\(?:[()\[\],; ]|q?quad|text|mbox|mathrm)|[${}*\s]")
 _CONJUNCTION = re.compile(r"(?:[,;/&\s]|or|and)*")
 _NEXT_TURN = re.compile(
     r"<\|(?:im_start|im_end|endoftext|eot_id|start_header_id|end_of_text|user|assistant)\|>|</s>|<(?:start|end)_of_turn>"
-    r"|\n[ \t#*]*(?:(?:user|human|assistant)[ \t]*(?::|\n)|(?:question|problem|q)[ \t]*+[0-9]*+[ \t]*+:)",
+    r"|\n[ \t#*]*(?:(?:user|human|assistant)[ \t]*(?::|\n)|(?:question|problem|instruction|q)[ \t]*+[0-9]*+[ \t]*+:)",
     re.IGNORECASE,
 )
 _HASHES = re.compile(r"(?<!#)####(?!#)")
 _HASH_NUMBER = re.compile(r"[\s$*\\]*[-+−]?\s*[\\$€£]*(?:[0-9.]|\\[dt]?frac)")
 _NUMBERED_HEADING = re.compile(r"\s*[0-9]+[.):]\s+\S")
-_PHRASE = re.compile(r"\banswer\b[^.\n:=]{0,60}?(?:\bis\b|\bbe\b|:|=)[\s:*]*", re.IGNORECASE)
-_CLAUSE_END = re.compile(r"\n|[.!?](?=\s|\*|$)|,\s+(?=[A-Za-z])|\s(?=because\b|since\b)")
-_UNSIGNED = r"(?:(?:[0-9]{1,3}(?:,[0-9]{3})+(?![0-9])|[0-9]+)(?:\.[0-9]+)?|\.[0-9]+)"
-_NUMBER = re.compile(
-    r"(?<![\w^.,])(?<!\^\{)(?:(?<![)\]}])[-−])?"
-    rf"(?:\\[dt]?frac\{{{_UNSIGNED}\}}\{{{_UNSIGNED}\}}|{_UNSIGNED}(?:/{_UNSIGNED})?(?:[eE][-+]?[0-9]+\b)?(?:\\?%)?)"
+_PHRASE = re.compile(
+    r"\b(?:answer|correct (?:option|choice))\b[^.\n:=]{0,60}?(?:\bis\b|\bbe\b|:|=)[\s:*]*", re.IGNORECASE
 )
+_CLAUSE_END = re.compile(
+    r"\n|[.!?](?=[\s*_<]|$)|,\s+(?=[A-Za-z])|\s(?=because\b|since\b)|<\||</|<(?:start|end)_of_turn>"
+    "|\\s:-?\\)|[\u2600-\u27bf\u2b00-\u2bff\U0001f000-\U0001faff]"
+)
+_NOTE = re.compile(
+    r"\s\((?=[A-Za-z]{2}|i\.e|e\.g|[^()\n]*=)(?![^()\n]*\b(?:p?mod|base|or|and|remainder|negative|minus)\b)"
+)
+"""A bracket after a number that explains it: ``18 (since 9 * 2 = 18)``, not ``5 (mod 7)``."""
 Span = tuple[int, int, int, int]
 """Start of a box or a pair of tags, start and end of what is in it, and its own end; all 0 when it is never closed."""
 _PROSE = re.compile(r"(?<![\\A-Za-z])[A-Za-z]{2,} [A-Za-z]{2,} [A-Za-z]{2,}")
@@ -213,6 +223,13 @@ def _hash_spans(text: str) -> Iterator[Span]:
             yield (mark.start(), mark.start(), mark.end(), mark.end())
 
 
+def _phrase_spans(text: str) -> Iterator[Span]:
+    """The first phrases that are followed by a number."""
+    for phrase in islice(_PHRASE.finditer(text), MAX_PHRASES):
+        if parse_number(_clause(text, phrase.end())) is not None:
+            yield (phrase.start(), phrase.start(), phrase.end(), phrase.end())
+
+
 def _search(text: str) -> Found | None:
     text = _own_turn(text)
     return _box(text) or _tag(text) or _hash(text) or _phrase(text) or _number(text)
@@ -222,7 +239,7 @@ def _own_turn(text: str) -> str:
     """The text up to a turn of somebody else's, if an answer was given before it."""
     if not _NEXT_TURN.search(text):
         return text
-    given = (_box_spans(text), _tag_spans(text), _hash_spans(text))
+    given = (_box_spans(text), _tag_spans(text), _hash_spans(text), _phrase_spans(text))
     ends = [next((end for _, start, stop, end in spans if text[start:stop].strip()), len(text)) for spans in given]
     turn = _NEXT_TURN.search(text, min(ends))
     return text if turn is None else text[: turn.start()]
@@ -274,13 +291,22 @@ def _phrase(text: str) -> Found | None:
     phrases = deque(_PHRASE.finditer(text), maxlen=1)
     if not phrases:
         return None
-    clause = _CLAUSE_END.split(text[phrases[0].end() : phrases[0].end() + 300], maxsplit=1)[0].strip()
+    clause = _clause(text, phrases[0].end())
     if parse_number(clause) is None and "=" in clause:
         # "the answer is 6 * 3 = 18": the result counts, in this loose place only
         clause = clause.rpartition("=")[2].strip()
     return Found(clause, "phrase") if clause else None
 
 
+def _clause(text: str, start: int) -> str:
+    """The rest of a sentence, without a bracket that only explains the number before it."""
+    sentence = text[start : start + 300]
+    clause = _CLAUSE_END.split(sentence, maxsplit=1)[0].strip()
+    if (note := _NOTE.search(sentence)) and parse_number(sentence[: note.start()]) is not None:
+        clause = sentence[: note.start()].strip()
+    return clause.strip("*_") if "*" in clause[-1:] + clause[:1] or clause.startswith("__") else clause
+
+
 def _number(text: str) -> Found | None:
-    numbers = deque(_NUMBER.finditer(text), maxlen=1)
-    return Found(numbers[0].group(), "number") if numbers else None
+    value = last_value(text)
+    return None if value is None else Found(value, "number")

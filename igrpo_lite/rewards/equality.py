@@ -11,7 +11,7 @@ tools differ:
   order, tuples with it; brackets may be left out (``3, 4`` is ``(3, 4)``), but not changed (``[3, 4]`` is not);
 * an inequality in one variable is its interval;
 * the symbol in ``x = 5`` may be left out, but not be another one; upper and lower case differ but in words;
-* a choice answer is its letter, with or without the text of the choice, which must not contradict.
+* a choice answer is its letter, with or without the text of the choice, which must not contradict; ``(C) 12`` is 12.
 """
 
 from __future__ import annotations
@@ -42,7 +42,7 @@ _CHOICE = re.compile(
 )
 _LONE_CAPITAL = re.compile(r"(?<![A-Za-z'])[A-Z](?![A-Za-z'])")
 _WORDS = re.compile(r"[A-Za-z(][A-Za-z()'.,;:?!& -]*")
-_CLOCK = re.compile(r"0?([0-9]{1,2}(?::[0-9]{2})+)")
+_CLOCK = re.compile(r"0?([0-9]{1,2}(?::[0-9]{2})+)(?:\s*([ap])\.?m\.?)?", re.IGNORECASE)
 
 _SYMBOL = re.compile(r"(?:\\[A-Za-z]+|(?<![\\A-Za-z])[A-Za-z])(?: _ \{ [^{}]* \})?")
 _FUNCTION = r"\\(?:arc)?(?:sin|cos|tan|cot|sec|csc)h?|\\log|\\ln|\\exp"
@@ -81,6 +81,8 @@ def same_answer(found: str, gold: str, opinion: Opinion | None = None) -> bool |
         return None
     if (said := _same_choice(found, gold)) is not None:
         return said
+    if right is not None and (choice := _choice(found)) and (left := parse_quantity(choice[1])) is not None:
+        return left.same(right)  # ``(C) 12`` where the gold answer is the choice's number
     return _same(parse(found), parse(gold), opinion)
 
 
@@ -167,7 +169,8 @@ def _same_value(found: Value, gold: Value, opinion: Opinion | None) -> bool | No
     if "\\infty" in (found.spelling.lstrip("- "), gold.spelling.lstrip("- ")):
         return False
     if (left := _CLOCK.fullmatch(found.text)) and (right := _CLOCK.fullmatch(gold.text)):
-        return left[1] == right[1]
+        half, wanted = ((side[2] or "").lower() for side in (left, right))  # a.m. and p.m.: compared where both say it
+        return left[1] == right[1] and (half == wanted or not half or not wanted)
     found_words, gold_words = _words(found), _words(gold)
     if found_words is not None and gold_words is not None:
         return found_words == gold_words

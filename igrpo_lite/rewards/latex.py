@@ -11,9 +11,20 @@ import re
 _DASHES = dict.fromkeys("−–‐‑‒﹣－", "-")
 _DIGITS = {chr(0xFF10 + digit): str(digit) for digit in range(10)}
 _FRACTIONS = {"½": " 1/2", "¼": " 1/4", "¾": " 3/4", "⅓": " 1/3", "⅔": " 2/3", "⅕": " 1/5", "⅛": " 1/8"}
+_FRACTIONS |= {"⅖": " 2/5", "⅗": " 3/5", "⅘": " 4/5", "⅙": " 1/6", "⅚": " 5/6", "⅜": " 3/8", "⅝": " 5/8", "⅞": " 7/8"}
 _SIGNS = {
     **{"⁄": "/", "÷": "/", "⋅": "×", "·": "×", "∙": "×", "°": r"^\circ ", "％": "%", "’": "'", "“": '"', "”": '"'},
-    **{"≤": r"\leq ", "≥": r"\geq ", "≠": r"\neq ", "±": r"\pm ", "∞": r"\infty ", "∪": r"\cup ", "∈": r"\in "},
+    **{
+        "≤": r"\leq ",
+        "≥": r"\geq ",
+        "≠": r"\neq ",
+        "±": r"\pm ",
+        "≈": r"\approx ",
+        "¢": " cents",
+        "∞": r"\infty ",
+        "∪": r"\cup ",
+        "∈": r"\in ",
+    },
     **{"√": r"\sqrt ", "π": r"\pi ", "∅": r"\emptyset ", "²": "^2 ", "³": "^3 ", "⟨": r"\langle ", "⟩": r"\rangle "},
 }
 _GREEK_LETTERS = "αβγδεζηθικλμνξρστφχψωΓΔΘΛΞΣΦΨΩ"
@@ -25,6 +36,7 @@ _GREEK = {letter: f"\\{name} " for letter, name in zip(_GREEK_LETTERS, _GREEK_NA
 _CHARACTERS = str.maketrans({**_DASHES, **dict.fromkeys("€£¥₹"), **_DIGITS, **_FRACTIONS, **_SIGNS, **_GREEK})
 
 _GROUP_SPACE = re.compile(r"(?<=[0-9])(?:\\,|[\u00a0\u2006\u2009\u200a\u202f])(?=[0-9]{3}(?![0-9]))")
+_GROUPS = re.compile(r"(?<![0-9.,] )(?<![0-9.,/])[1-9][0-9]{0,2}(?:\\? [0-9]{3})+(?![0-9]|\s*/)")  # ``12 500``
 _GOES_ON = re.compile(r"(\.[0-9]+)\s*(?:\.\.+|…)")  # ``0.333...`` is not 0.333
 _NEGATIVE_SPACE = re.compile(r"\\!\s*")
 _SPACE = re.compile(r"(?<!\\)\\[,;: ]|\\q?quad(?![A-Za-z])|~|[\u00a0\u2006\u2009\u200a\u202f]")
@@ -73,6 +85,7 @@ _AMBIGUOUS = re.compile(
     r"|/ (?:[0-9.]+|[A-Za-z]|\\(?!sqrt|frac)[A-Za-z]+)(?: _ \{[^{}]*\})? (?:[A-Za-z(]|\\(?!cdot))"
     r"|\\(?:sin|cos|tan|cot|sec|csc|arc...|log|ln) [^(){}+-]*/"
 )
+_INVERSE = re.compile(r"\\(sin|cos|tan) \^ \{ - 1 \}")
 _PAIRS = {"(": ")", "{": "}"}
 
 MAX_DEPTH = 60
@@ -88,7 +101,8 @@ def clean(text: str) -> str:
         text = _TIMES.sub("×", _FRAC.sub(r"\\frac", text))
         for _ in range(2):  # \text{\bf ...} inside one another: two levels, as more are not seen
             text = _WRAPPER.sub(r" \1\2", text)
-    return " ".join(_DELIMITER.sub("", text).split()).lstrip(" :`\"'").rstrip(" .,;:`\"'")
+    text = _GROUPS.sub(lambda match: match.group().replace("\\ ", "").replace(" ", ""), text)
+    return " ".join(_DELIMITER.sub("", text).split()).lstrip(" :`\"'").rstrip(" .,;:`\"'\\")
 
 
 def units_as_words(cleaned: str) -> str:
@@ -109,7 +123,7 @@ def canonical(cleaned: str) -> str:
         return " ".join(tokens)
     if tokens[:1] == ["+"]:
         del tokens[0]
-    return " ".join(_number(token) for token in _braced(tokens))
+    return _INVERSE.sub(r"\\arc\1", " ".join(_number(token) for token in _braced(tokens)))
 
 
 def ambiguous(spelling: str) -> bool:
