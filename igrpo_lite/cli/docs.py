@@ -19,6 +19,7 @@ from igrpo_lite.cli.card_recipes import card_recipes, table, with_comment
 from igrpo_lite.cli.recipes import path_of
 from igrpo_lite.config import SECTIONS, Section
 from igrpo_lite.defaults import MODEL_DEFAULTS
+from igrpo_lite.environment import pins
 from igrpo_lite.fields import FIELDS, choices, default_text, short_type
 
 VERBS = (
@@ -44,6 +45,7 @@ VERBS = (
 
 TABLES: dict[str, tuple[str, Callable[[], list[str]]]] = {
     "recipes.md": ("recipes for one GPU", table),
+    "install.md": ("sets of versions", pins.table),
 }
 """Pages with a table of ours in them: what its comments call it, and its lines."""
 

