@@ -18,6 +18,7 @@ from igrpo_lite.config import ModelOptions
 from igrpo_lite.environment.facts import Gpu
 from igrpo_lite.errors import ModelError
 from igrpo_lite.policy import backends, loading, unsloth_import
+from igrpo_lite.policy import unsloth as unsloth_backend
 from igrpo_lite.policy.backends import Choice, LoadRequest, choose, enter, model_path, model_type
 from igrpo_lite.policy.heads import BACKBONE, check_split
 from igrpo_lite.policy.loading import Policy, load_policy, pick_dtype
@@ -195,6 +196,34 @@ def test_every_hyper_parameter_is_told(monkeypatch):
         ["q_proj", "k_proj", "v_proj", "o_proj", "gate_proj", "up_proj", "down_proj"]
     )
     assert (told["r"], told["lora_dropout"], told["random_state"]) == (8, 0.0, 3)
+
+
+class Loader:
+    """Stands in for ``FastLanguageModel`` where memory runs out above a share of it."""
+
+    def __init__(self, most):
+        self.most, self.asked = most, []
+
+    def from_pretrained(self, **arguments):
+        self.asked.append(arguments["gpu_memory_utilization"])
+        if self.asked[-1] > self.most:
+            raise ValueError("No available memory for the cache blocks.")
+        return make_model("qwen2"), None
+
+    def get_peft_model(self, base, **arguments):
+        return base
+
+
+def test_where_memory_runs_out_at_the_start_a_quarter_of_the_keys_is_tried_once(monkeypatch):
+    monkeypatch.setattr(torch.cuda, "mem_get_info", lambda device: (10 * GIB, 15 * GIB))
+    monkeypatch.setattr(unsloth_backend, "make_room", lambda device: None)
+    request = request_for(kv_cache_gib=4, max_num_seqs=24)
+    loader = Loader(most=0.3)
+    _, notes = unsloth_backend._load(loader, request, fast=True)
+    assert loader.asked == pytest.approx([0.5, 0.2], abs=0.01)
+    assert "--kv-cache-gib 1.00" in notes[0]
+    with pytest.raises(ModelError, match=r"No available memory.*--kv-cache-gib 1\.00.*--max-num-seqs \(now 24\) to 6"):
+        unsloth_backend._load(Loader(most=0.1), request, fast=True)
 
 
 # Hidden states in the place of logits

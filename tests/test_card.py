@@ -6,8 +6,10 @@ import pytest
 
 from igrpo_lite.planning.gpus import GIB, find_gpu
 from igrpo_lite.planning.suggest import CHOSEN
+from igrpo_lite.policy.backends import Choice
 from igrpo_lite.settings import resolve
-from igrpo_lite.training.card import fitted, gpu_in_use
+from igrpo_lite.training import card as card_module
+from igrpo_lite.training.card import fitted, gpu_in_use, without
 
 SETTINGS = {"model": "Qwen/Qwen2-1.5B-Instruct", "data": "gsm8k", "max_completion_length": 512, "load_in_4bit": True}
 
@@ -28,7 +30,44 @@ def test_what_is_left_open_is_chosen_so_that_it_fits():
     changed = {name for name in type(config).model_fields if getattr(config, name) != getattr(found.config, name)}
     assert changed
     assert changed <= set(CHOSEN)
-    assert found.plan.setup.config == found.config
+    planned = found.plan.setup.config
+    assert {name: getattr(planned, name) for name in CHOSEN} == {name: getattr(found.config, name) for name in CHOSEN}
+
+
+def test_the_plan_is_of_what_is_installed(monkeypatch):
+    """With Unsloth rows and its vLLM; 4 bits without it take our own sampler, 16 bits vLLM if it is there."""
+    card, sixteen = find_gpu("t4"), SETTINGS | {"load_in_4bit": False}
+    for unsloth, vllm, settings, rows, samples in (
+        (True, True, SETTINGS, True, True),
+        (False, True, SETTINGS, False, False),
+        (False, True, sixteen, False, True),
+        (False, False, sixteen, False, False),
+    ):
+        monkeypatch.setattr(
+            card_module, "enter", lambda config, name=unsloth: Choice("unsloth" if name else "transformers")
+        )
+        monkeypatch.setattr(card_module, "has_vllm", lambda found=vllm: found)
+        found = fitted(resolve(settings), card)
+        assert (found.plan.setup.rows, found.plan.setup.vllm) == (rows, samples)
+        assert (found.config.backend, found.config.sampler) == ("auto", "auto")
+
+
+@pytest.mark.parametrize(
+    ("installed", "given"), [("0.30.2", False), ("0.31.0", True), ("0.33.0+cu129", True), ("x", False)]
+)
+def test_keys_and_values_are_given_back_by_the_vllm_that_can(installed, given, monkeypatch):
+    monkeypatch.setattr(card_module, "version", lambda name: installed)
+    assert card_module.gives_back(unsloth=False) == given
+    monkeypatch.setenv("UNSLOTH_VLLM_STANDBY", "0")
+    assert not card_module.gives_back(unsloth=True)
+    monkeypatch.setenv("UNSLOTH_VLLM_STANDBY", "1")
+    assert card_module.gives_back(unsloth=True)
+
+
+def test_what_others_hold_is_not_planned_with():
+    card = find_gpu("3060")
+    assert without(card, -GIB) == without(card, GIB // 4) == card
+    assert without(card, 3 * GIB).memory_gib == pytest.approx(card.memory_gib - 3)
 
 
 @pytest.mark.parametrize("name", ["update_tokens", "max_num_seqs"])

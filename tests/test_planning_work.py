@@ -149,7 +149,7 @@ def test_keys_and_values_of_a_token(alias):
 
 
 def setup_of(alias: str, gpu: str, given_back: bool = True, **values: object) -> Setup:
-    return Setup(resolve({"model": alias, **values}), find_model(alias).shape, find_gpu(gpu), False, given_back)
+    return Setup(resolve({"model": alias, **values}), find_model(alias).shape, find_gpu(gpu), False, False, given_back)
 
 
 @pytest.mark.parametrize("given_back", [True, False])

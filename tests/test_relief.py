@@ -14,7 +14,8 @@ from update_parts import adapter_gradients, assert_same, config_of, restored, ro
 
 from igrpo_lite.errors import UpdateError
 from igrpo_lite.training import train
-from igrpo_lite.training.relief import is_out_of_memory
+from igrpo_lite.training import update as update_module
+from igrpo_lite.policy.relief import is_out_of_memory
 from igrpo_lite.training.update import MAX_OVERFLOWS, PolicyUpdate
 
 LIMITED = r"""
@@ -87,6 +88,42 @@ def full():
     made = tiny_parts(config_of("igrpo-joint"))
     yield made
     made.scorer.close()
+
+
+def test_in_the_end_activations_are_recomputed(full, collect, monkeypatch):
+    """Memory that is full however few completions there are at a time; the gradient is the same, and stays so."""
+    config, scored = config_of("igrpo-joint"), update_module.chosen_logprobs
+    (expected,), _ = run_update(config, full.policy, collect("igrpo-joint"))
+    model = full.policy.model.get_base_model()
+    tried = []
+
+    def needs_checkpoints(*arguments):
+        tried.append(model.is_gradient_checkpointing)
+        if not tried[-1]:
+            raise torch.OutOfMemoryError("CUDA out of memory")
+        return scored(*arguments)
+
+    monkeypatch.setattr(update_module, "chosen_logprobs", needs_checkpoints)
+    update = PolicyUpdate(full.policy, config)
+    caught = []
+    update.optimizer.register_step_pre_hook(lambda *_: caught.append(adapter_gradients(full.policy)))
+    try:
+        with restored(full.policy):
+            update.step(collect("igrpo-joint"), 0, 1e-9)
+        assert tried.count(False) > 3  # half, a quarter ...
+        assert (update.checkpointing, update.state()["checkpointing"]) == (True, True)
+        assert_same(caught[0], expected)
+        model.gradient_checkpointing_disable()
+        resumed = PolicyUpdate(full.policy, config)
+        resumed.load_state(update.state())
+        assert model.is_gradient_checkpointing
+        assert resumed.checkpointing
+        monkeypatch.setattr(update_module, "chosen_logprobs", lambda *_: (_ for _ in ()).throw(MemoryError()))
+        with pytest.raises(UpdateError, match=r"memory in the update.*; halve --max-completion-length \(now \d+\), or"):
+            resumed.step(collect("igrpo-joint"), 1, 1e-9)
+    finally:
+        model.gradient_checkpointing_disable()
+        full.policy.model.eval()
 
 
 @pytest.fixture(scope="module")

@@ -63,13 +63,15 @@ class Setup:
 
     Attributes:
         four_bit: the frozen linear layers are in NF4.
-        given_back: vLLM frees its keys and values during the update, as it can from 0.31 on.
+        unsloth: it loads the model, and shares its weights with vLLM in 4 bits too.
+        given_back: vLLM frees its keys and values during the update.
     """
 
     config: RunConfig
     shape: Shape
     gpu: Gpu
     four_bit: bool
+    unsloth: bool
     given_back: bool
 
     @property
@@ -79,13 +81,13 @@ class Setup:
 
     @property
     def vllm(self) -> bool:
-        """vLLM samples; ``auto`` means it on a GPU."""
-        return self.config.sampler != "transformers"
+        """vLLM samples; ``auto`` means it on a GPU. Without Unsloth it would pack 4-bit weights anew."""
+        return self.config.sampler != "transformers" and (self.unsloth or not self.four_bit)
 
     @property
     def rows(self) -> bool:
         """The update runs rows, not trees."""
-        return self.shape.window is not None or self.config.backend == "unsloth"
+        return self.shape.window is not None or self.unsloth
 
     @property
     def copied_keys(self) -> bool:

@@ -45,6 +45,7 @@ class Model:
         mirror: 4-bit copies at Unsloth: ``plain`` bitsandbytes, or that and their larger ``dynamic`` one.
         gated: its hub page asks for a licence to be accepted; :attr:`ungated` does not.
         template: what its chat template does that matters here.
+        packed: the weights of ``hub_id`` are in 4 bits already.
     """
 
     alias: str
@@ -55,6 +56,7 @@ class Model:
     mirror: str = ""
     gated: bool = False
     template: str = ""
+    packed: bool = False
 
     @property
     def four_bit(self) -> str:
@@ -100,11 +102,12 @@ def _qwen2(layers: int, hidden: int, intermediate: int, heads: int, kv_heads: in
         tied=not large,
         context=context,
         biases="qkv",
+        kind="qwen2",
     )
 
 
 def _qwen3(layers: int, hidden: int, intermediate: int, heads: int, tied: bool = True) -> Shape:
-    return Shape(layers, hidden, intermediate, heads, 8, 128, 151936, tied, 40960, qk_norm=True)
+    return Shape(layers, hidden, intermediate, heads, 8, 128, 151936, tied, 40960, qk_norm=True, kind="qwen3")
 
 
 def _llama(layers: int, hidden: int, intermediate: int, heads: int, kv_heads: int, tied: bool = True) -> Shape:
@@ -114,7 +117,11 @@ def _llama(layers: int, hidden: int, intermediate: int, heads: int, kv_heads: in
 def _gemma3(layers: int, hidden: int, intermediate: int, heads: int, kv_heads: int, vocab: int, window: int) -> Shape:
     context = 32768 if window == 512 else 131072
     return Shape(
-        layers, hidden, intermediate, heads, kv_heads, 256, vocab, True, context, qk_norm=True, norms=4, window=window
+        *(layers, hidden, intermediate, heads, kv_heads, 256, vocab, True, context),
+        qk_norm=True,
+        norms=4,
+        window=window,
+        kind="gemma3_text",
     )
 
 
@@ -168,8 +175,8 @@ def _smol(size: str, shape: Shape) -> Model:
     return Model(f"smollm2-{size.lower()}", f"{name}-Instruct", shape, _LITGPT, {name: 8192}, template=_SMOL2)
 
 
-_PHI4 = Shape(32, 3072, 8192, 24, 8, 128, 200064, True, 131072, fused=True, window=262144)
-_SMOL3_SHAPE = Shape(36, 2048, 11008, 16, 4, 128, 128256, True, 65536)
+_PHI4 = Shape(32, 3072, 8192, 24, 8, 128, 200064, True, 131072, fused=True, window=262144, kind="phi3")
+_SMOL3_SHAPE = Shape(36, 2048, 11008, 16, 4, 128, 128256, True, 65536, kind="smollm3")
 _SMOL3_DOC = "https://github.com/huggingface/transformers/blob/main/docs/source/en/model_doc/smollm3.md"
 _QWEN2_ALSO = {"Qwen/Qwen2-0.5B": 131072}, {"Qwen/Qwen2-1.5B": 131072}
 
@@ -228,7 +235,7 @@ def find_model(name: str, revision: str | None = None) -> Model:
     """
     folder = Path(name)
     if (folder / "config.json").is_file():
-        return Model("", name, read_shape(folder / "config.json", name), str(folder / "config.json"))
+        return _read(folder / "config.json", name)
     if folder.is_dir():
         raise ModelError(f"model {name!r}: that folder holds no config.json")
     if name.lower() in _BY_ALIAS:
@@ -238,7 +245,7 @@ def find_model(name: str, revision: str | None = None) -> Model:
         return model if exact == model.hub_id else _named(model, exact)
     cached = _cached_config(name, revision)
     if cached is not None:
-        return Model("", name, read_shape(cached, name), str(cached))
+        return _read(cached, name)
     near = difflib.get_close_matches(name.lower(), [*_BY_ALIAS, *_BY_ID], n=1, cutoff=0.65)
     advice = f"did you mean {_BY_ID[near[0]][1] if near[0] in _BY_ID else near[0]}?" if near else ""
     if "/" in name and not near:
@@ -251,7 +258,14 @@ def find_model(name: str, revision: str | None = None) -> Model:
 
 def _named(model: Model, name: str) -> Model:
     """The same model under another of its hub ids, with that one's context."""
-    return replace(model, hub_id=name, shape=replace(model.shape, context=model.ids[name]), also={}, mirror="")
+    shape = replace(model.shape, context=model.ids[name])
+    packed = name in (model.four_bit, model.four_bit_dynamic)
+    return replace(model, hub_id=name, shape=shape, also={}, mirror="", packed=packed)
+
+
+def _read(path: Path, name: str) -> Model:
+    """A model by its ``config.json``."""
+    return Model("", name, read_shape(path, name), str(path), packed='"quantization_config"' in path.read_text("utf-8"))
 
 
 def _cached_config(name: str, revision: str | None) -> Path | None:

@@ -11,6 +11,7 @@ from igrpo_lite.defaults import SGRPO_PRESETS
 from igrpo_lite.planning.gpus import GIB, Gpu
 from igrpo_lite.planning.memory import Phase, Setup, phases
 from igrpo_lite.planning.models import MODELS, Model
+from igrpo_lite.planning.shapes import FAST
 from igrpo_lite.planning.time import Estimate, estimate
 from igrpo_lite.planning.work import Lengths, longest, typical
 
@@ -113,6 +114,7 @@ def plan(
     gpu: Gpu,
     *,
     four_bit: bool | None = None,
+    unsloth: bool | None = None,
     given_back: bool | None = None,
     completion: int | None = None,
     prompt: int | None = None,
@@ -121,19 +123,29 @@ def plan(
 
     Args:
         config: as :func:`igrpo_lite.settings.resolve` gives it.
-        four_bit: unset: what ``load_in_4bit`` says.
-        given_back: whether vLLM frees keys and values during updates; unset: from capability 8.0 on, because older GPUs
-            get an older vLLM.
+        four_bit: unset: what ``load_in_4bit`` says, or the model's own weights.
+        unsloth: whether it loads the model; unset: what ``backend`` says, and for ``auto`` :func:`suits_unsloth`.
+        given_back: whether vLLM frees keys and values during updates; unset: with Unsloth, else from capability 8.0 on:
+            vLLM can from 0.31 on, and older GPUs get an older one.
         completion, prompt: mean tokens, for the time; unset: :func:`typical`.
     """
-    four_bit = config.load_in_4bit if four_bit is None else four_bit
-    given_back = gpu.capability >= (8, 0) if given_back is None else given_back
-    return planned(Setup(config, model.shape, gpu, four_bit, given_back), model, typical(config, completion, prompt))
+    four_bit = config.load_in_4bit or model.packed if four_bit is None else four_bit
+    unsloth = suits_unsloth(config, model) if unsloth is None else unsloth
+    given_back = unsloth or gpu.capability >= (8, 0) if given_back is None else given_back
+    setup = Setup(config, model.shape, gpu, four_bit, unsloth, given_back)
+    return planned(setup, model, typical(config, completion, prompt))
 
 
 def planned(setup: Setup, model: Model, lengths: Lengths) -> Plan:
     """The plan of a setup, with the time for sequences of these mean lengths."""
     return Plan(model, setup, phases(setup), estimate(setup, lengths), lengths)
+
+
+def suits_unsloth(config: RunConfig, model: Model) -> bool:
+    """Whether Unsloth is what loads the model on a GPU machine that has it and vLLM (``policy.backends``)."""
+    if config.backend != "auto":
+        return config.backend == "unsloth"
+    return model.shape.kind in FAST and config.model != "tiny" and config.sampler != "transformers"
 
 
 def prefers_four_bit(model: Model, gpu: Gpu) -> bool:
@@ -175,9 +187,13 @@ def _notes(setup: Setup, model: Model) -> Iterator[str]:
             f"the model's context is {shape.context} tokens, but prompt, draft and completion may need {needed}; lower "
             "max_completion_length, max_draft_length or max_prompt_length"
         )
-    if setup.four_bit and setup.vllm and config.share_weights:
-        copy = setup.weight_bytes / GIB
-        yield f"policy and vLLM share the 4-bit weights, as with Unsloth; where they cannot, add {copy:.2f} GiB"
+    if setup.unsloth and config.backend == "auto":
+        yield (
+            "planned as with Unsloth and vLLM, where they are installed; --backend transformers plans without Unsloth, "
+            "whose update repeats prompts in rows" + (", and with its own sampler" if setup.four_bit else "")
+        )
+    if setup.four_bit and not setup.vllm and config.sampler != "transformers":
+        yield "4-bit weights without Unsloth: the transformers sampler, which is slower than vLLM"
     if setup.vllm and not setup.given_back:
         yield "vLLM is taken to keep its keys and values during updates, as versions before 0.31 do"
     if not shape.exact:

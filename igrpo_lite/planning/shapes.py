@@ -26,6 +26,8 @@ _QK_NORM = {"qwen3", "gemma3", "gemma3_text"}
 _FOUR_NORMS = {"gemma2", "gemma3", "gemma3_text"}
 _WINDOWS = {"gemma2", "gemma3", "gemma3_text", "mistral", "phi3"}
 _KNOWN = {"llama", "qwen2", "smollm3", *_QK_NORM, *_WINDOWS}
+FAST = ("gemma", "gemma2", "llama", "mistral", "qwen2", "qwen3")
+"""Model types for which Unsloth has a forward pass of its own, whose hidden states can be had without logits."""
 _EXPERTS = ("num_experts", "num_local_experts", "n_routed_experts")
 
 
@@ -60,6 +62,7 @@ class Shape:
         window: tokens that some layers see at most. Its attention takes no token trees then, so the update repeats
             prompts in rows.
         exact: whether its architecture is known; else it is counted as a Llama of this size.
+        kind: its ``model_type``.
     """
 
     layers: int
@@ -78,6 +81,7 @@ class Shape:
     fused: bool = False
     window: int | None = None
     exact: bool = True
+    kind: str = "llama"
 
     @property
     def queries(self) -> int:
@@ -183,6 +187,7 @@ def shape_of(config: Mapping[str, Any], name: str = "model") -> Shape:
         fused=kind == "phi3",
         window=_window(text, kind),
         exact=kind in _KNOWN,
+        kind=kind,
     )
 
 

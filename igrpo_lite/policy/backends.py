@@ -20,14 +20,12 @@ from igrpo_lite.config import ModelOptions
 from igrpo_lite.environment.hardware import gpu_facts
 from igrpo_lite.errors import ModelError
 from igrpo_lite.planning.models import hub_id
+from igrpo_lite.planning.shapes import FAST
 from igrpo_lite.tiny import MODEL_DIR
 
 if TYPE_CHECKING:
     import torch
     from peft import PeftModel
-
-FAST = ("gemma", "gemma2", "llama", "mistral", "qwen2", "qwen3")
-"""Model types for which Unsloth has a forward pass of its own, whose hidden states can be had without logits."""
 
 Name = Literal["transformers", "unsloth"]
 
@@ -56,10 +54,12 @@ class LoadRequest:
 
 @dataclass(frozen=True, slots=True)
 class Loaded:
-    """A model with its adapter, and the vLLM engine that came with it and holds the same frozen weights, if one did."""
+    """A model with its adapter, the vLLM engine that came with it and holds the same frozen weights, if one did, and
+    sentences for the user."""
 
     model: PeftModel
     engine: Any = None
+    notes: tuple[str, ...] = ()
 
 
 class Backend(Protocol):

@@ -74,7 +74,7 @@ def load_policy(options: ModelOptions, seed: int, adapter: Path | None = None, c
     loaded = choice.backend().load(LoadRequest(options, config, device, dtype, seed, adapter, context))
     model = loaded.model.get_base_model()
     _set_threads(options, model)
-    notes = (choice.why,) if choice.why else ()
+    notes = ((choice.why,) if choice.why else ()) + loaded.notes
     return Policy(loaded.model, tokenizer, device, stop_ids(model, tokenizer), choice.name, loaded.engine, notes)
 
 
@@ -89,17 +89,18 @@ def check_model(model: Any, name: str) -> None:
         )
 
 
-def recompute_activations(model: Any) -> None:
+def recompute_activations(model: Any) -> bool:
     """Turn on gradient checkpointing in a way that still ends the backward pass at the lowest adapter.
 
-    Unsloth's models are left alone: they were loaded with their own kind of it.
+    ``False``: Unsloth's models are left alone, which were loaded with their own kind of it, or without.
     """
     if hasattr(model, "for_training"):
-        return
+        return False
     model.gradient_checkpointing_enable({"use_reentrant": False})
     # transformers also makes the embeddings ask for a gradient, which only the reentrant kind needs: every layer below
     # the lowest adapter would be run again and differentiated for nothing.
     model.disable_input_require_grads()
+    return True
 
 
 def fresh_adapter(model: Any, options: ModelOptions, seed: int) -> PeftModel:

@@ -1,4 +1,4 @@
-"""Running out of memory in the update: how it is recognised, and how room is made for another try."""
+"""Running out of memory: how it is recognised, and how room is made for another try."""
 
 from __future__ import annotations
 
@@ -12,6 +12,11 @@ _CPU_ALLOCATOR = "can't allocate memory"  # torch has no class of its own for th
 def is_out_of_memory(error: BaseException) -> bool:
     """Whether an exception of torch says that memory is full, on a GPU or on the CPU."""
     return isinstance(error, (torch.OutOfMemoryError, MemoryError)) or _CPU_ALLOCATOR in str(error)
+
+
+def speaks_of_memory(error: BaseException) -> bool:
+    """Whether an engine could not be started for want of memory: vLLM says so in errors of many kinds."""
+    return is_out_of_memory(error) or "memory" in str(error).lower()
 
 
 def make_room(device: torch.device) -> None:

@@ -7,6 +7,7 @@ defaults are others than ours.
 from __future__ import annotations
 
 import os
+import traceback
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
@@ -27,6 +28,7 @@ from igrpo_lite.policy.four_bit import is_packed
 from igrpo_lite.policy.heads import BACKBONE
 from igrpo_lite.policy.loading import adapter_layers, check_model, first_line, linear_names, without_dropout
 from igrpo_lite.policy.plain import quiet as quiet_transformers
+from igrpo_lite.policy.relief import make_room, speaks_of_memory
 from igrpo_lite.policy.unsloth_import import prepare, quiet, vllm_samples
 
 _HIDDEN = "UNSLOTH_RETURN_HIDDEN_STATES"
@@ -56,16 +58,7 @@ class UnslothBackend:
                 "one (in a notebook: restart the kernel)"
             )
         self.has_engine = fast
-        name = request.options.model
-        loader = unsloth.FastLanguageModel
-        try:
-            with quiet(), quiet_transformers():
-                base, _ = loader.from_pretrained(**loading_arguments(request, fast))
-                model = loader.get_peft_model(base, **adapter_arguments(request, base))
-        except Exception as error:
-            raise ModelError(
-                f"model {name!r} could not be loaded with Unsloth: {first_line(error)}; --backend transformers may"
-            ) from error
+        model, notes = _load(unsloth.FastLanguageModel, request, fast)
         if request.adapter is not None:
             _fill(model, request.adapter)
         inner = model.get_base_model()
@@ -73,11 +66,48 @@ class UnslothBackend:
             setattr(inner, BACKBONE, HiddenStates(inner))
         model.for_training()
         without_dropout(inner)
-        check_model(inner, name)
-        return Loaded(model, getattr(model, "vllm_engine", None))
+        check_model(inner, request.options.model)
+        return Loaded(model, getattr(model, "vllm_engine", None), notes)
 
 
 backend = UnslothBackend()
+
+
+def _load(loader: Any, request: LoadRequest, fast: bool) -> tuple[Any, tuple[str, ...]]:
+    """The adapted model, and what there is to say about it. Where memory runs out at the start of vLLM, its keys and
+    values get a quarter, once: Unsloth itself tries no second time when its engine can sleep."""
+    arguments = loading_arguments(request, fast)
+    model, error = _try(loader, request, arguments)
+    if error is None:
+        return model, ()
+    said = f"model {request.options.model!r} could not be loaded with Unsloth: {first_line(error)}"
+    if not (fast and speaks_of_memory(error)):
+        raise ModelError(f"{said}; --backend transformers may") from error
+    make_room(request.device)
+    keys = keys_and_values(request, free_memory(request)) // 4
+    model, error = _try(loader, request, arguments | {"gpu_memory_utilization": memory_share(request, keys)})
+    smaller = f"--kv-cache-gib {keys / 2**30:.2f}"
+    if error is None:
+        return model, (
+            f"vLLM could not have the memory that was meant for keys and values; it runs with a quarter ({smaller}): "
+            "fewer sequences decode at the same time",
+        )
+    raise ModelError(
+        f"{said}; nor with a quarter of the keys and values ({smaller}): lower --max-num-seqs (now "
+        f"{arguments['max_num_seqs']}) to {max(1, arguments['max_num_seqs'] // 4)} and --max-completion-length to "
+        "half, or see igrpo-lite plan for a model that fits; --sampler transformers does without vLLM"
+    ) from error
+
+
+def _try(loader: Any, request: LoadRequest, arguments: dict[str, Any]) -> tuple[Any, Exception | None]:
+    """A model, or why there is none. The frames of a failure are cleared: what they hold would stay in memory."""
+    try:
+        with quiet(), quiet_transformers():
+            base, _ = loader.from_pretrained(**arguments)
+            return loader.get_peft_model(base, **adapter_arguments(request, base)), None
+    except Exception as error:
+        traceback.clear_frames(error.__traceback__)
+        return None, error
 
 
 def loading_arguments(request: LoadRequest, fast: bool) -> dict[str, Any]:
@@ -104,7 +134,7 @@ def loading_arguments(request: LoadRequest, fast: bool) -> dict[str, Any]:
     }
     if fast:
         arguments |= {
-            "gpu_memory_utilization": _memory_share(request, torch.cuda.mem_get_info(request.device)[0]),
+            "gpu_memory_utilization": memory_share(request, keys_and_values(request, free_memory(request))),
             "disable_log_stats": True,
             "max_num_seqs": getattr(options, "max_num_seqs", 128),
         }
@@ -202,10 +232,21 @@ def _context(request: LoadRequest) -> int:
     return request.context or int(getattr(text, "max_position_embeddings", 0) or 4096)
 
 
-def _memory_share(request: LoadRequest, free: int) -> float:
-    """Share of the free memory for vLLM: the weights, which are the policy's too, and keys and values."""
-    packed = request.options.load_in_4bit or is_packed(request.config)
-    weights = weight_bytes(shape_of(request.config.to_dict()), request.dtype.itemsize, packed)
+def free_memory(request: LoadRequest) -> int:
+    return torch.cuda.mem_get_info(request.device)[0]
+
+
+def keys_and_values(request: LoadRequest, free: int) -> int:
+    """Bytes for vLLM's keys and values: what was asked for, or a share of what the weights leave free."""
     asked = getattr(request.options, "kv_cache_gib", None)
-    keys_and_values = asked * 2**30 if asked is not None else KV_SHARES[True] * max(0, free - weights)
-    return min(0.9, max(0.1, (weights + keys_and_values + _GRAPHS) / free))
+    return int(asked * 2**30 if asked is not None else KV_SHARES[True] * max(0, free - _weights(request)))
+
+
+def memory_share(request: LoadRequest, keys: int) -> float:
+    """Share of the free memory for vLLM: the weights, which are the policy's too, and ``keys`` and values."""
+    return min(0.9, max(0.1, (_weights(request) + keys + _GRAPHS) / free_memory(request)))
+
+
+def _weights(request: LoadRequest) -> int:
+    packed = request.options.load_in_4bit or is_packed(request.config)
+    return weight_bytes(shape_of(request.config.to_dict()), request.dtype.itemsize, packed)

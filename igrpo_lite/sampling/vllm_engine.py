@@ -26,6 +26,7 @@ import torch
 from packaging.version import InvalidVersion, Version
 
 from igrpo_lite.errors import SamplerError
+from igrpo_lite.policy.relief import make_room, speaks_of_memory
 from igrpo_lite.sampling import vllm_internals
 
 FIRST_VERSION, BEFORE_VERSION = "0.26", "0.34"
@@ -165,8 +166,8 @@ def start(options: EngineOptions, config: Any) -> Engine:
     room = kv_cache_bytes(options, config, _kind_of_sleep(vllm.LLM, options) != "no")
     notes: list[str] = []
     llm, error = _try(vllm, options, room)
-    if error is not None and _memory_ran_out(error):
-        gc.collect()
+    if error is not None and speaks_of_memory(error):
+        make_room(options.device)
         smaller = _smaller(options, config, room)
         llm, second = _try(vllm, options, smaller)
         if second is None:
@@ -176,7 +177,7 @@ def start(options: EngineOptions, config: Any) -> Engine:
             )
             room, error = smaller, None
     if error is not None:
-        raise SamplerError(_refusal(vllm, options, error, room)) from error
+        raise SamplerError(_refusal(vllm, options, error, _smaller(options, config, room))) from error
     _running = Engine(llm, options, room, notes)
     if options.device.type == "cuda" and _running.sleeps == "no":
         notes.append(f"vLLM {vllm.__version__} keeps its memory for keys and values ({_size(room)}) during updates")
@@ -355,20 +356,16 @@ def _smaller(options: EngineOptions, config: Any, room: int) -> int:
     return max(_sequence_bytes(options, config), min(room, most) // 4)
 
 
-def _memory_ran_out(error: BaseException) -> bool:
-    if isinstance(error, (torch.OutOfMemoryError, MemoryError)):
-        return True
-    return "memory" in str(error).lower()
-
-
-def _refusal(vllm: ModuleType, options: EngineOptions, error: BaseException, room: int) -> str:
+def _refusal(vllm: ModuleType, options: EngineOptions, error: BaseException, smallest: int) -> str:
+    """Args: smallest: room for keys and values that was tried last."""
     said = f"vLLM {vllm.__version__} cannot run model {options.model!r}: {first_line(error)}"
-    if not _memory_ran_out(error):
+    if not speaks_of_memory(error):
         return f"{said}; the transformers sampler may"
     return (
-        f"{said}; tried with {_size(room)} for keys and values ({options.max_num_seqs} sequences of "
-        f"{options.max_model_len} tokens at most): set another size, lower --max-num-seqs or --max-completion-length, "
-        "or use the transformers sampler"
+        f"{said}; even with only {_size(smallest)} for keys and values: lower --max-num-seqs (now "
+        f"{options.max_num_seqs}) to {max(1, options.max_num_seqs // 4)} and --max-completion-length to half, so that "
+        f"sequences stay below {options.max_model_len} tokens, or use the transformers sampler; igrpo-lite plan tells "
+        "what fits"
     )
 
 

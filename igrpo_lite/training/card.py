@@ -2,14 +2,28 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+import os
+from dataclasses import dataclass, replace
+from importlib.metadata import PackageNotFoundError, version
+from typing import TYPE_CHECKING
+
+from packaging.version import InvalidVersion, Version
 
 from igrpo_lite.config import RunConfig
 from igrpo_lite.errors import UserError
 from igrpo_lite.planning.gpus import GIB, Gpu, gpu_of
+from igrpo_lite.planning.memory import CONTEXT
 from igrpo_lite.planning.models import find_model
 from igrpo_lite.planning.plan import Plan, changes, plan
 from igrpo_lite.planning.suggest import suggest
+from igrpo_lite.policy.backends import enter
+from igrpo_lite.sampling.choice import has_vllm
+
+if TYPE_CHECKING:
+    import torch
+
+FREES_KEYS_AND_VALUES = "0.31"
+"""The vLLM from which on ``LLM.release_kv_cache_memory`` is there (``sampling.vllm_engine``)."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -29,22 +43,42 @@ class Fitted:
 
 
 def gpu_in_use(config: RunConfig) -> Gpu | None:
-    """The CUDA GPU that a run would take; ``None`` for other devices."""
+    """The CUDA GPU that a run takes, with the memory that nobody else holds; ``None`` for other devices.
+    :func:`measured_peak` counts from here on."""
+    device = _cuda_device(config)
+    if device is None:
+        return None
     import torch
 
-    if not (config.device == "auto" or config.device.startswith("cuda")) or not torch.cuda.is_available():
-        return None
-    found = torch.cuda.get_device_properties(torch.device("cuda" if config.device == "auto" else config.device))
-    return gpu_of(found.name, found.total_memory, (found.major, found.minor))
+    torch.cuda.reset_peak_memory_stats(device)
+    found = torch.cuda.get_device_properties(device)
+    whole = gpu_of(found.name, found.total_memory, (found.major, found.minor))
+    free, total = torch.cuda.mem_get_info(device)
+    return without(whole, total - free - torch.cuda.memory_reserved(device) - CONTEXT)
+
+
+def without(gpu: Gpu, taken: int) -> Gpu:
+    """The GPU less ``taken`` bytes, which a desktop or another program holds. What is less than a twentieth is nothing:
+    how large CUDA's own part is depends on the driver."""
+    return gpu if taken < gpu.memory_bytes / 20 else replace(gpu, memory_gib=gpu.memory_gib - taken / GIB)
 
 
 def measured_peak(config: RunConfig) -> int:
     """The most bytes that torch has had allocated on the run's GPU; 0 without one."""
+    device = _cuda_device(config)
+    if device is None:
+        return 0
     import torch
 
-    if gpu_in_use(config) is None:
-        return 0
-    return torch.cuda.max_memory_allocated(None if config.device == "auto" else config.device)
+    return torch.cuda.max_memory_allocated(device)
+
+
+def _cuda_device(config: RunConfig) -> torch.device | None:
+    import torch
+
+    if not (config.device == "auto" or config.device.startswith("cuda")) or not torch.cuda.is_available():
+        return None
+    return torch.device("cuda" if config.device == "auto" else config.device)
 
 
 def fitted(config: RunConfig, gpu: Gpu | None) -> Fitted:
@@ -59,10 +93,13 @@ def fitted(config: RunConfig, gpu: Gpu | None) -> Fitted:
         model = find_model(config.model, config.revision)
     except UserError as error:
         return Fitted(config, (f"memory is not planned: {error.problems[0]}",))
-    chosen = suggest(config, model, gpu, keep=config.model_fields_set)
-    settled = config.model_copy(update=chosen)
-    made = plan(settled, model, gpu)
-    notes = [f"planned for {gpu.name}: {made.peak / GIB:.1f} of {gpu.memory_bytes / GIB:.1f} GiB at most"]
+    unsloth = enter(config).name == "unsloth"
+    given_back = gives_back(unsloth)
+    # ``auto`` takes what is installed, where a plan without the machine takes it that everything is.
+    known = config if has_vllm() else config.model_copy(update={"sampler": "transformers"})
+    chosen = suggest(known, model, gpu, keep=config.model_fields_set, unsloth=unsloth, given_back=given_back)
+    made = plan(known.model_copy(update=chosen), model, gpu, unsloth=unsloth, given_back=given_back)
+    notes = [f"planned for {gpu.name}: {made.peak / GIB:.1f} of {gpu.memory_bytes / GIB:.1f} free GiB at most"]
     if chosen:
         notes[0] += f", with {', '.join(f'{name} {value}' for name, value in chosen.items())}"
     if made.verdict != "fits":
@@ -70,4 +107,15 @@ def fitted(config: RunConfig, gpu: Gpu | None) -> Fitted:
         advice = f"; what helps most: {best.flags} ({best.peak / GIB:.1f} GiB)" if best is not None else ""
         word = "is tight" if made.verdict == "tight" else "may not fit"
         notes.append(f"the run {word} on this GPU{advice}")
-    return Fitted(settled, tuple(notes), made)
+    return Fitted(config.model_copy(update=chosen), tuple(notes), made)
+
+
+def gives_back(unsloth: bool) -> bool:
+    """Whether the vLLM that is installed frees its keys and values during updates: Unsloth's does, if asked to, and
+    vLLM itself where it can without the weights."""
+    if unsloth:
+        return os.environ.get("UNSLOTH_VLLM_STANDBY", "1") != "0"
+    try:
+        return Version(version("vllm")) >= Version(FREES_KEYS_AND_VALUES)
+    except (PackageNotFoundError, InvalidVersion):
+        return False

@@ -57,7 +57,7 @@ class Trainer:
         self.samples: Records
         self._fatal: str | None = None
         self._failing: set[str] = set()
-        self._update_tokens = self.update.update_tokens
+        self._update_tokens, self._checkpointing = self.update.update_tokens, self.update.checkpointing
         self._started = self._saved = time.monotonic()
         self._saved_step: int | None = None
         self._resumed_step = 0
@@ -108,7 +108,7 @@ class Trainer:
         """One iteration of algorithm 1 (arXiv 2602.09000): rollouts, rewards and draft choice, update, new sampler."""
         config, started = self.config, time.perf_counter()
         step = self.progress.step
-        self.collector.reward_seconds, before = 0.0, self._engine()
+        self.collector.reward_seconds, self.collector.judge_tokens, before = 0.0, 0, self._engine()
         problems, upcoming = self._problems(step), self._problems(step + 1)  # S problems each
         with self._saved_on(KeyboardInterrupt):  # later in a step, the adapter may be half changed
             # Drafts, scores, best draft, refinements, scores:
@@ -129,6 +129,8 @@ class Trainer:
             batch, stats, self.parts.prompts
         )
         metrics["learning_rate"] = rate
+        if self.collector.judge is not None:
+            metrics["tokens/judge"] = self.collector.judge_tokens
         metrics |= {f"engine/{name}": count - before[name] for name, count in self._engine().items()}
         metrics["memory"] = memory(self.parts.policy.device)
         metrics |= self.parts.scorer.take_logged()
@@ -225,6 +227,14 @@ class Trainer:
                 "warning",
             )
             self._update_tokens = tokens
+        if self.update.checkpointing and not self._checkpointing:
+            self._checkpointing = True
+            self.screen.message(
+                "out of memory in the update, with a single completion at a time: activations are recomputed from now "
+                "on, a third more work; the same rollouts were used again; start with --gradient-checkpointing to save "
+                "the lost time",
+                "warning",
+            )
         if stats.skipped:
             self.screen.message(
                 f"float16 overflowed: step {self.progress.step} changed nothing, and the loss scale is halved "
@@ -298,7 +308,7 @@ class Trainer:
                     "revision?); restore them, or use --fresh to start over"
                 )
             self.update.load_state(self.progress.update)
-            self._update_tokens = self.update.update_tokens
+            self._update_tokens, self._checkpointing = self.update.update_tokens, self.update.checkpointing
             self.health.load_state(self.progress.health)
             if self.health.dead() is not None:
                 self.health.forgive()

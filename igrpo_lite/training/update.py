@@ -16,9 +16,9 @@ from igrpo_lite.algorithms.rollout import Rollout
 from igrpo_lite.algorithms.selection import entropy_threshold, uncertain_tokens
 from igrpo_lite.config import RunConfig
 from igrpo_lite.errors import UpdateError
-from igrpo_lite.policy.loading import Policy
+from igrpo_lite.policy.loading import Policy, recompute_activations
 from igrpo_lite.policy.logprobs import TokenLogprobs, best_layout, chosen_logprobs
-from igrpo_lite.training.relief import is_out_of_memory, make_room
+from igrpo_lite.policy.relief import is_out_of_memory, make_room
 
 _FIRST_SCALE = 2.0**12
 MAX_OVERFLOWS = 5
@@ -92,12 +92,13 @@ class PolicyUpdate:
     Every sequence of the learning groups counts in the normaliser; tokens without a gradient are not run. The draft and
     the question stand in the prompt and never learn.
 
-    When memory is full, ``update_tokens`` is halved and the same rollouts are gone over again: nothing is lost, and the
-    next steps start from the smaller number. Weights in float16 learn with a scaled loss; a step whose gradient
-    overflows is skipped, with the scale halved.
+    When memory is full, ``update_tokens`` is halved, and in the end activations are recomputed, and the same rollouts
+    are gone over again: nothing is lost, and the next steps start from there. Weights in float16 learn with a scaled
+    loss; a step whose gradient overflows is skipped, with the scale halved.
 
     Attributes:
         update_tokens: in use now; never more than the configuration's.
+        checkpointing: activations are recomputed in the backward pass.
         overflows: steps in a row that were skipped.
         scaler: of the loss; does nothing unless the weights are float16.
     """
@@ -114,6 +115,7 @@ class PolicyUpdate:
             weight_decay=config.weight_decay,
         )
         self.update_tokens = config.update_tokens
+        self.checkpointing = config.gradient_checkpointing
         self.overflows = 0
         half = policy.model.get_base_model().dtype == torch.float16
         self.scaler = torch.amp.GradScaler(policy.device.type, _FIRST_SCALE, growth_interval=100, enabled=half)
@@ -146,17 +148,22 @@ class PolicyUpdate:
     def _relieve(self) -> None:
         self.optimizer.zero_grad(set_to_none=True)
         make_room(self.policy.device)
-        if self._smallest:
+        if not self._smallest:
+            self.update_tokens = max(1, self.update_tokens // 2)
+        elif not self.checkpointing and recompute_activations(self.policy.model):
+            self.checkpointing = True
+        else:
+            advice = "" if self.checkpointing else "set --gradient-checkpointing, "
             raise UpdateError(
-                "out of memory in the update, with a single completion at a time; lower --max-completion-length, set "
-                "--gradient-checkpointing, or choose --tokens s-grpo, which runs only the beginning of completions"
+                f"out of memory in the update, with a single completion at a time; {advice}halve "
+                f"--max-completion-length (now {self.config.max_completion_length}), or choose --tokens s-grpo, which "
+                "runs only the beginning of completions"
             )
-        self.update_tokens = max(1, self.update_tokens // 2)
 
     def _step(self, rollouts: Sequence[Rollout], step: int, learning_rate: float, stats: UpdateStats) -> None:
         # Dropout, where a model has any, must be off: the sampling policy had none. Recomputing activations is the one
         # thing that asks for training mode; loading takes the dropout out for it.
-        self.policy.model.train(self.config.gradient_checkpointing)
+        self.policy.model.train(self.checkpointing)
         sequences = learning_sequences(rollouts, self.config, step)
         if self.config.tokens == "entropy":
             sequences = self._uncertain(sequences, stats)
@@ -201,11 +208,18 @@ class PolicyUpdate:
 
     def state(self) -> dict[str, Any]:
         """What a resumed run must know, besides the optimizer: JSON types."""
-        return {"update_tokens": self.update_tokens, "overflows": self.overflows, "scaler": self.scaler.state_dict()}
+        return {
+            "update_tokens": self.update_tokens,
+            "checkpointing": self.checkpointing,
+            "overflows": self.overflows,
+            "scaler": self.scaler.state_dict(),
+        }
 
     def load_state(self, state: Mapping[str, Any]) -> None:
         """Continue from :meth:`state`. A smaller ``update_tokens`` of the configuration wins."""
         self.update_tokens = min(self.update_tokens, state.get("update_tokens", self.update_tokens))
+        if state.get("checkpointing") and not self.checkpointing:
+            self.checkpointing = recompute_activations(self.policy.model)
         self.overflows = state.get("overflows", 0)
         if self.scaler.is_enabled() and state.get("scaler"):
             self.scaler.load_state_dict(state["scaler"])
