@@ -88,6 +88,11 @@ def backend_findings(options: ModelOptions) -> list[str]:
             )
     if options.load_in_4bit and options.device == "mps":
         found.append("load_in_4bit: bitsandbytes packs weights for CUDA and CPU, not for mps; leave it out")
+    if options.load_in_4bit and options.backend == "transformers" and getattr(options, "sampler", "auto") == "vllm":
+        found.append(
+            "sampler: vLLM would pack the weights into 4 bits a second time, and differently; use --backend unsloth, "
+            "whose vLLM has the policy's weights, --sampler transformers, or no --load-in-4bit"
+        )
     copy = options.model.lower().endswith("-bnb-4bit") and not Path(options.model).expanduser().is_dir()
     if (options.load_in_4bit or copy) and find_spec("bitsandbytes") is None:
         found.append(f"{'model' if copy else 'load_in_4bit'}: {_NEEDS_BITSANDBYTES}")

@@ -303,6 +303,14 @@ def test_what_is_missing_is_found_first(monkeypatch):
         assert "first visible CUDA GPU" in finding
 
 
+def test_vllm_cannot_share_4_bit_weights_without_unsloth():
+    wanted = {"load_in_4bit": True, "sampler": "vllm", "backend": "transformers"}
+    (finding,) = checks.model_findings(resolve(wanted))
+    assert "pack the weights into 4 bits a second time" in finding
+    for other in ({"sampler": "auto"}, {"load_in_4bit": False}):
+        assert checks.model_findings(resolve(wanted | other)) == []
+
+
 def test_a_policy_says_what_loaded_it():
     policy = load_policy(ModelOptions(), 0)
     assert isinstance(policy, Policy)
