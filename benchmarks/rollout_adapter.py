@@ -9,7 +9,7 @@ from __future__ import annotations
 import gc
 import importlib.util
 import time
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from functools import partial
 from typing import Any
 
@@ -23,7 +23,7 @@ from transformers import AutoModelForCausalLM
 
 from igrpo_lite.policy.fingerprint import base_fingerprint
 from igrpo_lite.policy.loading import Policy, linear_names
-from igrpo_lite.sampling.base import Request, request_seed
+from igrpo_lite.sampling.base import Request, Sampler, request_seed
 from igrpo_lite.sampling.replica import Replica
 from igrpo_lite.types import Prompt
 
@@ -40,13 +40,11 @@ def measure_push(options: Options) -> dict[str, Any]:
         merged, _ = make_policy(model)
         sampler, replica = make_sampler("vllm", policy, config, 8), Replica(merged.model)
         requests = [Request(Prompt("", tuple(range(5, 60))), request_seed(i), 4) for i in range(8)]
-        milliseconds: dict[str, list[float]] = {"push": [], "merge_unmerge": [], "transformers": []}
         generator = torch.Generator().manual_seed(0)
-        for _ in range(options.sizes.pushes):
-            sampler.run(requests)
-            _move(policy, generator)
-            milliseconds["push"].append(_timed(sampler.load_adapter))
-            _move(merged, generator)
+        milliseconds: dict[str, list[float]] = {"push": [], "merge_unmerge": [], "transformers": []}
+        for push in push_times(policy, sampler, requests, options.sizes.pushes):
+            milliseconds["push"].append(push)
+            move(merged, generator)
             milliseconds["merge_unmerge"].append(_timed(partial(_sync_as_trl, merged.model)))
             milliseconds["transformers"].append(_timed(replica.refresh))
         sampler.close()
@@ -85,15 +83,32 @@ def measure_drift(options: Options) -> dict[str, Any]:
     return found
 
 
+def push_times(policy: Policy, sampler: Sampler, requests: Sequence[Request], pushes: int) -> Iterator[float]:
+    """Milliseconds of ``load_adapter()`` after each of so many moves of the adapter; between them the sampler works."""
+    generator = torch.Generator().manual_seed(0)
+    for _ in range(pushes):
+        sampler.run(requests)
+        move(policy, generator)
+        yield _timed(sampler.load_adapter)
+
+
 def _models(options: Options) -> dict[str, str]:
     name = "24m" if options.sizes.hidden == 512 else "small"
     return {"tiny": "tiny", name: random_model(options.folder, options.sizes.layers, options.sizes.hidden)}
 
 
 def _timed(call: Callable[[], object]) -> float:
+    _finish()
     started = time.perf_counter()
     call()
+    _finish()
     return 1e3 * (time.perf_counter() - started)
+
+
+def _finish() -> None:
+    """Wait for what was left running on a GPU."""
+    if torch.cuda.is_initialized():
+        torch.cuda.synchronize()
 
 
 def _sync_as_trl(model: Any) -> None:
@@ -103,14 +118,15 @@ def _sync_as_trl(model: Any) -> None:
 
 
 @torch.no_grad()
-def _move(policy: Policy, generator: torch.Generator) -> None:
+def move(policy: Policy, generator: torch.Generator) -> None:
+    """One small random step of the adapter, as an update makes it."""
     _moved([p for _, p in policy.adapter_parameters()], generator)
 
 
 @torch.no_grad()
 def _moved(tensors: list[Any], generator: torch.Generator) -> None:
     for p in tensors:
-        p.add_(torch.randn(p.shape, generator=generator), alpha=_STEP)
+        p.add_(torch.randn(p.shape, generator=generator).to(p), alpha=_STEP)
 
 
 def _our_drift(model: str, dtype: str, syncs: int) -> dict[str, Any]:
@@ -120,7 +136,7 @@ def _our_drift(model: str, dtype: str, syncs: int) -> dict[str, Any]:
     sampler = make_sampler("vllm", policy, config, 8)
     generator = torch.Generator().manual_seed(0)
     for step in range(syncs):
-        _move(policy, generator)
+        move(policy, generator)
         sampler.load_adapter()
         if step % 20 == 0:
             sampler.run([Request(Prompt("", tuple(range(5, 40))), request_seed(step), 4)])

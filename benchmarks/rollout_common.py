@@ -201,26 +201,36 @@ def random_model(folder: Path, layers: int, hidden: int, dtype: torch.dtype = to
     return str(path)
 
 
-def make_policy(model: str, dtype: str = "float32", std: float = 0.02) -> tuple[Policy, RunConfig]:
+def make_policy(model: str, dtype: str = "float32", std: float = 0.02, device: str = "cpu") -> tuple[Policy, RunConfig]:
     """A policy with an adapter of the default rank, whose B has this standard deviation (0: a fresh one)."""
-    config = resolve({"model": model, "dtype": dtype, "device": "cpu"})
+    config = resolve({"model": model, "dtype": dtype, "device": device, "backend": "transformers"})
     policy = load_policy(config, seed=0)
-    torch.manual_seed(5)
-    with torch.no_grad():
-        for name, parameter in policy.adapter_parameters():
-            if "lora_B" in name:
-                parameter.normal_(std=std)
+    fill_adapter(policy, std)
     return policy, config
 
 
+@torch.no_grad()
+def fill_adapter(policy: Policy, std: float = 0.02) -> None:
+    """Draw B, which a fresh adapter has at 0."""
+    torch.manual_seed(5)
+    for name, parameter in policy.adapter_parameters():
+        if "lora_B" in name:
+            parameter.normal_(std=std)
+
+
 def make_sampler(
-    engine: str, policy: Policy, config: RunConfig, max_num_seqs: int, share_base: bool = True
+    engine: str,
+    policy: Policy,
+    config: RunConfig,
+    max_num_seqs: int,
+    share_base: bool = True,
+    max_model_len: int = MAX_MODEL_LEN,
 ) -> TransformersSampler | VllmSampler:
     """One whose completions end at their token limit only."""
     if engine == "transformers":
         return TransformersSampler(Replica(policy.model), policy.tokenizer, [-1], max_num_seqs)
     sampler = VllmSampler(
-        policy, prompt_builder(config), config, MAX_MODEL_LEN, max_num_seqs=max_num_seqs, share_base=share_base
+        policy, prompt_builder(config), config, max_model_len, max_num_seqs=max_num_seqs, share_base=share_base
     )
     sampler.stop_ids = []
     return sampler

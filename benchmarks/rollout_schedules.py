@@ -61,13 +61,25 @@ def measure(options: Options) -> dict[str, Any]:
         for live in sorted({*options.sizes.live, rollouts(options.sizes)}):
             policy, config = make_policy("tiny")
             sampler = make_sampler(engine, policy, config, live)
-            if live == rollouts(options.sizes):
-                for length in options.sizes.equal:
-                    _equal(engine, sampler, length, options.sizes, found)
-            if live in options.sizes.live:
-                _uneven(engine, sampler, live, options.sizes, found)
+            on_engine(engine, sampler, live, options.sizes, found)
             sampler.close()
     return found
+
+
+def on_engine(
+    engine: str,
+    sampler: Sampler,
+    live: int,
+    sizes: Sizes,
+    found: dict[str, Any],
+    more: Mapping[str, Any] | None = None,
+) -> None:
+    """Add to ``found`` what a sampler with room for ``live`` sequences shows; ``more``: settings of the rollouts."""
+    if live == rollouts(sizes):
+        for length in sizes.equal:
+            _equal(engine, sampler, length, sizes, found, more or {})
+    if live in sizes.live:
+        _uneven(engine, sampler, live, sizes, found, more or {})
 
 
 def rollouts(sizes: Sizes) -> int:
@@ -75,8 +87,10 @@ def rollouts(sizes: Sizes) -> int:
     return sizes.prompts * (sizes.drafts + sizes.refinements)
 
 
-def _equal(engine: str, sampler: Sampler, length: int, sizes: Sizes, found: dict[str, Any]) -> None:
-    contenders = _contenders(sampler, constant(length), sizes, ("grpo", "ahead"))
+def _equal(
+    engine: str, sampler: Sampler, length: int, sizes: Sizes, found: dict[str, Any], more: Mapping[str, Any]
+) -> None:
+    contenders = _contenders(sampler, constant(length), sizes, ("grpo", "ahead"), more)
     seconds = _take_turns(contenders, sizes, {"its requests in one batch": contenders["ahead"].again})
     run = _run(engine, rollouts(sizes), f"all of {length} tokens", contenders, seconds, sizes)
     assert run["sides"]["ahead"]["sampled_tokens"] == run["sides"]["grpo"]["sampled_tokens"]
@@ -88,8 +102,10 @@ def _equal(engine: str, sampler: Sampler, length: int, sizes: Sizes, found: dict
     found["findings"].append(Finding(PART, where, "its own requests in one batch", batch | {"cpu": cpu}))
 
 
-def _uneven(engine: str, sampler: Sampler, live: int, sizes: Sizes, found: dict[str, Any]) -> None:
-    contenders = _contenders(sampler, heavy_tail(sizes.longest), sizes, SCHEDULES)
+def _uneven(
+    engine: str, sampler: Sampler, live: int, sizes: Sizes, found: dict[str, Any], more: Mapping[str, Any]
+) -> None:
+    contenders = _contenders(sampler, heavy_tail(sizes.longest), sizes, SCHEDULES, more)
     seconds = _take_turns(contenders, sizes)
     lengths = f"8 + Exp(30), at most {sizes.longest}"
     run = _run(engine, live, lengths, contenders, seconds, sizes)
@@ -100,12 +116,15 @@ def _uneven(engine: str, sampler: Sampler, live: int, sizes: Sizes, found: dict[
     found["findings"] += _ratios(run, "ahead", "barrier", "barrier", None, None)
 
 
-def _contenders(sampler: Sampler, law: Law, sizes: Sizes, names: tuple[str, ...]) -> dict[str, Schedule]:
+def _contenders(
+    sampler: Sampler, law: Law, sizes: Sizes, names: tuple[str, ...], more: Mapping[str, Any]
+) -> dict[str, Schedule]:
     def config(name: str) -> RunConfig:
         settings: dict[str, Any] = {
             "prompts_per_step": sizes.prompts,
             "num_generations": sizes.drafts + sizes.refinements,
             "max_completion_length": max(*sizes.equal, sizes.longest),
+            **more,
         }
         if name == "grpo":
             return resolve(settings | {"algorithm": "grpo"})

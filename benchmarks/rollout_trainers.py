@@ -4,8 +4,9 @@ It makes a training step whenever it reads a line, and answers each with a line 
 turns, step by step. Heavy imports come late: they belong to the side whose memory is measured.
 
 ours         the real training loop, vLLM with one copy of the weights
-trl          TRL's GRPOTrainer with vLLM colocate, engine in float32 like ours, with our choice of matrix kernels
-trl-default  the same as TRL starts it: the engine in bfloat16 (which is TRL's and vLLM's default for a float32 model)
+trl          TRL's GRPOTrainer with vLLM colocate; on a CPU with the engine in float32 like ours, and with our choice of
+             matrix kernels
+trl-default  the same as TRL starts it on a CPU: the engine in bfloat16 (TRL's and vLLM's default for a float32 model)
 """
 
 from __future__ import annotations
@@ -74,20 +75,32 @@ class Parts:
 
 
 def memory() -> dict[str, float]:
-    """Of this process, MiB: in use now, and most so far."""
+    """Of this process, MiB: in use now, and most so far; on a GPU also the most that torch had allocated there."""
     import psutil
 
     peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / (1 if sys.platform == "darwin" else 1024)
-    return {"rss": psutil.Process().memory_info().rss / MIB, "peak": peak}
+    found = {"rss": psutil.Process().memory_info().rss / MIB, "peak": peak}
+    torch = sys.modules.get("torch")
+    if torch is not None and torch.cuda.is_initialized():
+        found["device_peak"] = torch.cuda.max_memory_allocated() / MIB
+    return found
+
+
+def clocks() -> tuple[float, float]:
+    """By the clock and of this process's processors, once a GPU has done what it was told."""
+    torch = sys.modules.get("torch")
+    if torch is not None and torch.cuda.is_initialized():
+        torch.cuda.synchronize()
+    return time.perf_counter(), time.process_time()
 
 
 def step(channel: Channel, parts: Parts, run: Callable[[], object], counts: Callable[[], dict[str, int]]) -> None:
     """Wait for the parent's word, make a step, and tell how it went."""
     channel.wait()
     parts.take()
-    wall, cpu = time.perf_counter(), time.process_time()
+    started = clocks()
     run()
-    wall, cpu = time.perf_counter() - wall, time.process_time() - cpu
+    wall, cpu = (end - start for start, end in zip(started, clocks(), strict=True))
     channel.send({"wall": wall, "cpu": cpu, "parts": parts.take(), "memory": memory()} | counts())
 
 
@@ -103,14 +116,17 @@ def ours(settings: dict[str, Any], channel: Channel) -> None:
     from igrpo_lite.training.prepare import prepare
     from igrpo_lite.training.run_folder import RunFolder
 
-    load_vllm(torch.device("cpu"))
+    load_vllm(torch.device(settings["device"]))
     channel.loaded()
     steps = settings["steps"]
     config = resolve(
         {
             "model": settings["model"],
-            "device": "cpu",
-            "dtype": "float32",
+            "backend": "transformers",
+            "device": settings["device"],
+            "dtype": settings["dtype"],
+            "gradient_checkpointing": settings["gradient_checkpointing"],
+            "update_tokens": settings["update_tokens"],
             "data": settings["data"],
             "eval_data": "two-step",
             "seed": settings["seed"],
@@ -159,11 +175,10 @@ def ours(settings: dict[str, Any], channel: Channel) -> None:
 def trl(settings: dict[str, Any], channel: Channel, default: bool = False) -> None:
     import torch
 
-    torch.set_num_threads(1)
+    cpu = settings["device"] == "cpu"
+    if cpu:
+        torch.set_num_threads(1)
     import trl.generation.vllm_generation as generation
-    import trl.trainer.utils as trl_utils
-    import vllm._custom_ops as ops
-    import vllm.model_executor.layers.utils as layers
     from datasets import Dataset
     from peft import LoraConfig
     from transformers import TrainerCallback
@@ -172,27 +187,28 @@ def trl(settings: dict[str, Any], channel: Channel, default: bool = False) -> No
     from igrpo_lite.sampling.vllm_internals import multiply_plain_weights_fast
 
     channel.loaded()
-    # Two lines without which vLLM's CPU build has no weights that TRL could load into.
-    ops._supports_onednn = False
-    layers.check_cpu_sgl_kernel = lambda *args, **kwargs: False
-    engine = {"enforce_eager": True, "kv_cache_memory_bytes": int(settings["kv_cache_gib"] * 2**30)}
+    engine: dict[str, Any] = {"kv_cache_memory_bytes": int(settings["kv_cache_gib"] * 2**30)}
+    if cpu:
+        engine |= _on_a_cpu()
     if not default:
-        engine["dtype"] = "float32"
+        engine["dtype"] = settings["dtype"]
     generation.LLM = functools.partial(generation.LLM, **engine)
-    # On a CPU its head would score prompts too; so it runs here as on CUDA (see benchmarks/update.py).
-    trl_utils._use_triton = lambda device: True
 
+    checkpointing = settings["gradient_checkpointing"]
     args = GRPOConfig(
         output_dir=settings["folder"],
-        use_cpu=True,
-        bf16=False,
-        gradient_checkpointing=False,
+        use_cpu=cpu,
+        bf16=settings["dtype"] == "bfloat16",
+        fp16=settings["dtype"] == "float16",
+        gradient_checkpointing=checkpointing,
+        gradient_checkpointing_kwargs={"use_reentrant": False} if checkpointing else None,
         report_to="none",
         save_strategy="no",
         logging_strategy="no",
         disable_tqdm=True,
         max_steps=settings["steps"],
-        per_device_train_batch_size=settings["rollouts"],
+        per_device_train_batch_size=settings["rows"],
+        gradient_accumulation_steps=settings["rollouts"] // settings["rows"],
         num_generations=settings["group"],
         max_completion_length=settings["tokens"],
         temperature=1.0,
@@ -206,7 +222,7 @@ def trl(settings: dict[str, Any], channel: Channel, default: bool = False) -> No
         vllm_max_model_length=settings["max_model_len"],
         vllm_importance_sampling_mode="token_truncate",
         generation_kwargs={"ignore_eos": True},
-        model_init_kwargs={"dtype": "float32"},
+        model_init_kwargs={"dtype": settings["dtype"]},
     )
     scope: dict[str, Any] = {}
     exec(Path(settings["reward"]).read_text(), scope)
@@ -220,7 +236,7 @@ def trl(settings: dict[str, Any], channel: Channel, default: bool = False) -> No
         ),
     )
     llm = trainer.vllm_generation.llm
-    if not default:
+    if cpu and not default:
         multiply_plain_weights_fast(llm)
     parts = Parts()
     parts.watch(trainer.vllm_generation, "generate", "rollout")
@@ -245,27 +261,40 @@ def trl(settings: dict[str, Any], channel: Channel, default: bool = False) -> No
         def on_step_begin(self, *args: Any, **kwargs: Any) -> None:
             channel.wait()
             parts.take()
-            self.started = time.perf_counter(), time.process_time()
+            self.started = clocks()
 
         def on_step_end(self, *args: Any, **kwargs: Any) -> None:
-            wall, cpu = time.perf_counter() - self.started[0], time.process_time() - self.started[1]
+            wall, cpu = (end - start for start, end in zip(self.started, clocks(), strict=True))
             channel.send({"wall": wall, "cpu": cpu, "parts": parts.take(), "memory": memory()} | counted)
 
     trainer.add_callback(Stepping())
     trainer.train()
 
 
+def _on_a_cpu() -> dict[str, Any]:
+    """What TRL's side needs to be compared with ours on a CPU; gives arguments of its engine."""
+    import trl.trainer.utils as trl_utils
+    import vllm._custom_ops as ops
+    import vllm.model_executor.layers.utils as layers
+
+    # Two lines without which vLLM's CPU build has no weights that TRL could load into.
+    ops._supports_onednn = False
+    layers.check_cpu_sgl_kernel = lambda *args, **kwargs: False
+    # On a CPU its head would score prompts too; so it runs here as on CUDA (see benchmarks/update.py).
+    trl_utils._use_triton = lambda device: True
+    return {"enforce_eager": True}
+
+
 def main() -> None:
     side, settings = sys.argv[1], json.loads(Path(sys.argv[2]).read_text())
     os.environ |= {
-        "OMP_NUM_THREADS": "1",
         "HF_HUB_OFFLINE": "1",
         "TRL_EXPERIMENTAL_SILENCE": "1",
         "VLLM_ENABLE_V1_MULTIPROCESSING": "0",
-        "VLLM_LOGGING_LEVEL": "ERROR",
         "VLLM_NO_USAGE_STATS": "1",
-        "TORCHDYNAMO_DISABLE": "1",
     }
+    if settings["device"] == "cpu":
+        os.environ |= {"OMP_NUM_THREADS": "1", "VLLM_LOGGING_LEVEL": "ERROR", "TORCHDYNAMO_DISABLE": "1"}
     channel = Channel()
     if side == "ours":
         ours(settings, channel)

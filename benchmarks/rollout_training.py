@@ -10,14 +10,14 @@ import json
 import subprocess
 import sys
 import tempfile
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from itertools import pairwise
 from pathlib import Path
 from typing import Any
 
 import psutil
 from measuring import paired, shown, spread
-from rollout_common import Finding, Options, random_model
+from rollout_common import Finding, Options, Sizes, random_model
 
 from igrpo_lite.policy.prompting import prompt_builder
 from igrpo_lite.problems.synthetic import load
@@ -58,10 +58,12 @@ class Side:
         return self.read()
 
     def result(self, steps: list[dict[str, Any]]) -> dict[str, Any]:
-        """Its steps and its memory, that of processes of its own (ours computes users' rewards in one) included."""
+        """Its steps and its memory: the GPU's, as allocated; on a CPU what is resident, that of processes of its own
+        (ours computes users' rewards in one) included."""
         children = psutil.Process(self.process.pid).children(recursive=True)
         others = sum(child.memory_info().rss for child in children) / 2**20
-        peak = steps[-1]["memory"]["peak"] + others
+        used = steps[-1]["memory"]
+        peak = used["device_peak"] if "device_peak" in used else used["peak"] + others
         return {"imported": self.start["imported"], "peak": peak, "of_children": others, "steps": steps}
 
     def read(self) -> dict[str, Any]:
@@ -86,44 +88,58 @@ class Side:
 def measure(options: Options) -> dict[str, Any]:
     sizes = options.sizes
     model = random_model(options.folder, sizes.layers, sizes.hidden)
-    settings = _settings(model, options)
-    steps: dict[str, list[dict[str, Any]]] = {name: [] for name in SIDES}
-    sides: list[Side] = []
-    try:
-        for name in SIDES:
-            sides.append(Side(name, settings, options.folder))
-        for turn in range(sizes.train_steps):
-            for position in range(len(sides)):
-                side = sides[(turn + position) % len(sides)]
-                steps[side.name].append(side.step())
-        found: dict[str, Any] = {
-            "settings": {name: value for name, value in settings.items() if name not in _PLACES},
-            "sides": {side.name: side.result(steps[side.name]) for side in sides},
-            "findings": [],
-        }
-    finally:
-        for side in sides:
-            side.close()
-    wanted = settings["rollouts"] * settings["tokens"]
-    for name in SIDES:
-        tokens = [step["tokens"] for step in steps[name]]
-        assert [b - a for a, b in pairwise(tokens)] == [wanted] * (len(tokens) - 1), name
+    found = compare(settings_for(model, options.folder, sizes), options.folder, SIDES)
     for baseline, named in (("trl", "TRL 1.16, engine in float32"), ("trl-default", "TRL 1.16, engine in bfloat16")):
-        found["findings"] += _ratios(steps, found["sides"], baseline, named)
+        found["findings"] += _ratios(found["sides"], baseline, named)
     return found
 
 
-def _settings(model: str, options: Options) -> dict[str, Any]:
-    """What both sides are told; the prompts are those that our run will take, step by step."""
-    sizes, seed = options.sizes, 0
-    problems = load("two-step", "train", PROMPTS * sizes.train_steps)
-    data, reward = options.folder / "problems.jsonl", options.folder / "reward.py"
+def compare(settings: dict[str, Any], folder: Path, names: Sequence[str], turns: bool = True) -> dict[str, Any]:
+    """The steps of all sides. Without ``turns`` each is done before the next begins, and a GPU is its own meanwhile."""
+    found: dict[str, Any] = {
+        "settings": {name: value for name, value in settings.items() if name not in _PLACES},
+        "sides": {},
+        "findings": [],
+    }
+    for together in [names] if turns else [(name,) for name in names]:
+        found["sides"] |= _stepped(settings, folder, together)
+    wanted = settings["rollouts"] * settings["tokens"]
+    for name, side in found["sides"].items():
+        tokens = [step["tokens"] for step in side["steps"]]
+        made = [b - a for a, b in pairwise(tokens)]
+        if made != [wanted] * len(made):
+            raise RuntimeError(f"{name} sampled {made} tokens in its steps, not {wanted} in each")
+    return found
+
+
+def _stepped(settings: dict[str, Any], folder: Path, names: Sequence[str]) -> dict[str, Any]:
+    """Results of sides that live at the same time and take turns."""
+    steps: dict[str, list[dict[str, Any]]] = {name: [] for name in names}
+    sides: list[Side] = []
+    try:
+        for name in names:
+            sides.append(Side(name, settings, folder))
+        for turn in range(settings["steps"]):
+            for position in range(len(sides)):
+                side = sides[(turn + position) % len(sides)]
+                steps[side.name].append(side.step())
+        return {side.name: side.result(steps[side.name]) for side in sides}
+    finally:
+        for side in sides:
+            side.close()
+
+
+def settings_for(model: str, folder: Path, sizes: Sizes, per_step: int = PROMPTS) -> dict[str, Any]:
+    """What all sides are told, for a CPU; the prompts are those that our run will take, step by step."""
+    seed = 0
+    problems = load("two-step", "train", per_step * sizes.train_steps)
+    data, reward = folder / "problems.jsonl", folder / "reward.py"
     data.write_text("".join(json.dumps({"question": p.question, "answer": p.answer}) + "\n" for p in problems))
     reward.write_text(_REWARD)
     taken = [
         problems[index]
         for step in range(sizes.train_steps)
-        for index in batch_indices(len(problems), PROMPTS, step, seed)
+        for index in batch_indices(len(problems), per_step, step, seed)
     ]
     builder = prompt_builder(resolve({"model": model}))
     prompts = [builder.first(problem.question) for problem in taken]
@@ -133,28 +149,31 @@ def _settings(model: str, options: Options) -> dict[str, Any]:
         "reward": str(reward),
         "seed": seed,
         "prompts": [prompt.text for prompt in prompts],
-        "prompts_per_step": PROMPTS,
+        "prompts_per_step": per_step,
         "group": sizes.train_group,
-        "rollouts": PROMPTS * sizes.train_group,
+        "rollouts": per_step * sizes.train_group,
         "tokens": sizes.train_tokens,
         "steps": sizes.train_steps,
         "lora_r": 16,
         "learning_rate": 1e-4,
         "max_model_len": max(len(prompt.ids) for prompt in prompts) + sizes.train_tokens,
         "kv_cache_gib": 0.125,
+        "device": "cpu",
+        "dtype": "float32",
+        "gradient_checkpointing": False,
+        "rows": per_step * sizes.train_group,
+        "update_tokens": 16384,
     }
 
 
-def _ratios(
-    steps: Mapping[str, list[dict[str, Any]]], memory: Mapping[str, Any], baseline: str, named: str
-) -> list[Finding]:
+def _ratios(sides: Mapping[str, Any], baseline: str, named: str) -> list[Finding]:
     """Of step times within turns, after the first; and of most memory."""
     seconds = {
-        name: {clock: [step[clock] for step in steps[name][1:]] for clock in ("wall", "cpu")}
+        name: {clock: [step[clock] for step in sides[name]["steps"][1:]] for clock in ("wall", "cpu")}
         for name in ("ours", baseline)
     }
     ratio = {clock: paired(seconds["ours"][clock], seconds[baseline][clock]) for clock in ("wall", "cpu")}
-    peak = {name: memory[name]["peak"] for name in ("ours", baseline)}
+    peak = {name: sides[name]["peak"] for name in ("ours", baseline)}
     goal = GOAL if baseline == "trl" else None
     return [
         Finding(PART, "time of a GRPO step: ours", named, ratio["wall"] | {"cpu": ratio["cpu"]["median"]}, goal),

@@ -129,6 +129,7 @@ CASES = (
     _full_tokens("grpo-a", 256, 768, 1 / 4),
     _full_tokens("grpo-a-g4", 256, 768, 1 / 8, group=4),
     _full_tokens("grpo-a-g16", 256, 768, 1 / 8, group=16),
+    _full_tokens("grpo-b", 1024, 3072, 1 / 16),
     _full_tokens("grpo-long-answer", 64, 1536, 1 / 2, group=4),
     _full_tokens("grpo-long-prompt", 1536, 256, 1 / 8),
     _full_tokens("grpo-long-answer-v152k", 64, 1536, 1 / 16, group=4, large=True),

@@ -25,6 +25,7 @@ from trl import GRPOConfig, GRPOTrainer
 from igrpo_lite.algorithms.learning import LearningSequence, learning_sequences, totals
 from igrpo_lite.algorithms.rollout import Rollout
 from igrpo_lite.config import RunConfig
+from igrpo_lite.planning.models import find_model
 from igrpo_lite.policy.attention import register
 from igrpo_lite.policy.chunked_head import head_logprobs
 from igrpo_lite.policy.heads import Head
@@ -65,10 +66,15 @@ class ModelShape:
         return Qwen2Config(**sizes) if self.head_dim is None else Qwen3Config(**sizes, head_dim=self.head_dim)
 
 
-QWEN = {
-    "qwen2-1.5b": ModelShape(151_936, 1536, 28, 12, 2, 8960),
-    "qwen3-4b": ModelShape(151_936, 2560, 36, 32, 8, 9728, head_dim=128),
-}
+def _preset(name: str) -> ModelShape:
+    found = find_model(name).shape
+    head_dim = found.head_dim if found.qk_norm else None
+    return ModelShape(
+        found.vocab, found.hidden, found.layers, found.heads, found.kv_heads, found.intermediate, head_dim
+    )
+
+
+QWEN = {name: _preset(name) for name in ("qwen2-1.5b", "qwen3-4b")}
 
 
 class Contender(Protocol):
@@ -151,6 +157,8 @@ class Models:
             peft_config=adapter,
         )
         trainer.model.train()
+        if self.dtype != torch.float32:
+            trainer.accelerator.prepare_model(trainer.model)  # puts the autocast there, as training does
         return trainer
 
 
@@ -256,7 +264,9 @@ class Trl:
         trainer.loss_type = "dapo" if config.tokens == "t-spmo" else "grpo"
         trainer.top_entropy_quantile = config.top_entropy_quantile if config.tokens == "entropy" else 1.0
         # This one question decides on positions; the kernel below it asks a copy of its own whether there is a GPU.
-        cuda = nullcontext() if self.every_position else patch.object(trl_utils, "_use_triton", lambda device: True)
+        # TRL 1.15 does not ask it: it always scores as 1.16 does on CUDA.
+        asked = hasattr(trl_utils, "_use_triton") and not self.every_position
+        cuda = patch.object(trl_utils, "_use_triton", lambda device: True) if asked else nullcontext()
         self.loss = 0.0
         for batch in self.batches:
             with cuda:

@@ -1,0 +1,17 @@
+#!/usr/bin/env bash
+# Everything that only a GPU can show, in one command: benchmarks/gpu.sh [--only smoke,parity] [--minutes 25] ...
+# Needs no network, and no installed igrpo-lite: packages may lie in a folder on PYTHONPATH. See benchmarks/README.md.
+set -euo pipefail
+
+root="$(cd "$(dirname "${BASH_SOURCE[0]}")/.." && pwd)"
+if [ -z "${PYTHON:-}" ]; then
+    PYTHON=python3
+    [ -x "$root/.venv/bin/python" ] && PYTHON="$root/.venv/bin/python"
+fi
+if ! command -v "$PYTHON" > /dev/null; then
+    echo "gpu.sh: there is no $PYTHON here; name one: PYTHON=/path/to/python benchmarks/gpu.sh" >&2
+    exit 2
+fi
+# The package of this checkout, whatever else is installed.
+export PYTHONPATH="$root${PYTHONPATH:+:$PYTHONPATH}"
+exec "$PYTHON" "$root/benchmarks/gpu.py" "$@"
