@@ -13,9 +13,9 @@ from tiny_parts import small_config, tiny_parts
 from update_parts import adapter_gradients, assert_same, config_of, restored, rollouts_of, run_update
 
 from igrpo_lite.errors import UpdateError
+from igrpo_lite.policy.relief import is_out_of_memory
 from igrpo_lite.training import train
 from igrpo_lite.training import update as update_module
-from igrpo_lite.policy.relief import is_out_of_memory
 from igrpo_lite.training.update import MAX_OVERFLOWS, PolicyUpdate
 
 LIMITED = r"""

@@ -23,7 +23,7 @@ ROOM = 0.6
 """Share of the GPU below which no margin is worth anything."""
 
 SAFE = 0.8
-"""Share up to which is chosen from, if that is possible at all: no plan has been compared with a card yet, and a desktop
+"""Share up to which is chosen from, if that can be: no plan has been compared with a card yet, and a desktop
 wants some of it."""
 
 _SHARES = (1.0, 0.5)
