@@ -214,6 +214,11 @@ class RewardOptions(Section):
     repetition_ngram: Annotated[int, Field(ge=2)] = Field(
         3, description="`repetition`: words of the n-grams whose repetition costs."
     )
+    judge_by: Literal["endpoint", "policy"] = Field(
+        "endpoint",
+        description="`judge`: who grades: a model at `judge_url`, or the policy itself, as it is at that step, in the "
+        "engine that samples.",
+    )
     judge_url: str | None = Field(
         None, description="`judge`: OpenAI-compatible endpoint, like `http://localhost:8000/v1` (vLLM, Ollama)."
     )

@@ -32,3 +32,9 @@ LONG_COMPLETION = 600
 
 REWARD_SETTINGS: dict[str, str] = {"judge": "judge_", "soft_overlong": "overlong_", "repetition": "repetition_"}
 """What the settings of a built-in reward begin with."""
+
+ENDPOINT_SETTINGS: tuple[str, ...] = (
+    *("judge_url", "judge_model", "judge_api_key_env", "judge_timeout", "judge_retries"),
+    *("judge_concurrency", "judge_token_budget", "judge_cache"),
+)
+"""The judge's settings that mean nothing where the policy is the judge."""

@@ -102,10 +102,12 @@ class PromptBuilder:
         placement: how the draft enters stage 2.
         max_draft_length: tokens of a draft shown at most; of a longer one the end is kept (it holds the answer).
         shots: worked examples that every prompt begins with, as earlier turns of the conversation.
+        heading: line before an answer where the tokenizer brings no chat template.
 
     Attributes:
-        max_length: tokens of a stage-2 prompt at most; unset: any number.
+        max_length: tokens of a prompt that holds what the model wrote (a stage-2 prompt) at most; unset: any number.
         hide_answer: takes the final answer out of a draft's text before it is shown; unset: they are shown as they are.
+        judge: of the prompts in which the model itself grades completions; unset: it does not.
     """
 
     def __init__(
@@ -116,6 +118,7 @@ class PromptBuilder:
         placement: Placement = "plain",
         max_draft_length: int | None = None,
         shots: Sequence[Shot] = (),
+        heading: str = "Solution:",
     ) -> None:
         self.tokenizer = tokenizer
         self.system_prompt = system_prompt
@@ -125,6 +128,8 @@ class PromptBuilder:
         self.shots = tuple(shots)
         self.max_length: int | None = None
         self.hide_answer: Callable[[str], str] | None = None
+        self.judge: PromptBuilder | None = None
+        self.heading = heading
         self.plain_template = not tokenizer.chat_template
         self._merge_system = not self.plain_template and bool(system_prompt) and not self._accepts_system()
 
@@ -142,9 +147,7 @@ class PromptBuilder:
         if self.placement == "multi-turn":
             return self._second_turn(first, kept)
         while True:
-            draft = self.tokenizer.decode(kept, skip_special_tokens=True)
-            for control in self.tokenizer.all_special_tokens:
-                draft = draft.replace(control, "")
+            draft = self.without_controls(self.tokenizer.decode(kept, skip_special_tokens=True))
             draft = self.hide_answer(draft) if self.hide_answer is not None else draft
             content = self.stage2_template.format(question=question, draft=draft.strip())
             prompt = self._ask(content)
@@ -152,6 +155,13 @@ class PromptBuilder:
             if excess <= 0 or not kept:
                 return prompt
             kept = kept[excess:]  # tokenised anew, a draft can be longer than it was; its end matters most
+
+    def without_controls(self, text: str) -> str:
+        """A text without the tokenizer's control tokens, which it may spell out, nor any that this brings together."""
+        while found := [control for control in self.tokenizer.all_special_tokens if control and control in text]:
+            for control in found:
+                text = text.replace(control, "")
+        return text
 
     def shown(self, draft_ids: Sequence[int]) -> tuple[int, ...]:
         """The part of a draft that stage 2 shows: its last ``max_draft_length`` tokens."""
@@ -189,7 +199,7 @@ class PromptBuilder:
         messages = []
         for question, answer in self.shots:
             # The plain template knows no roles: it writes this line at its end, before the completion.
-            answer = f"Solution:\n{answer}" if self.plain_template else answer
+            answer = f"{self.heading}\n{answer}" if self.plain_template else answer
             messages += [{"role": "user", "content": question}, {"role": "assistant", "content": answer}]
         return self._encode(self._render([*messages, {"role": "user", "content": content}]))
 
@@ -206,7 +216,7 @@ class PromptBuilder:
             messages = [head, *messages[1:]]
         elif self.system_prompt:
             messages = [{"role": "system", "content": self.system_prompt}, *messages]
-        template = PLAIN_CHAT_TEMPLATE if self.plain_template else None
+        template = PLAIN_CHAT_TEMPLATE.replace("Solution:", self.heading) if self.plain_template else None
         return self.tokenizer.apply_chat_template(
             messages, tokenize=False, add_generation_prompt=True, chat_template=template
         )

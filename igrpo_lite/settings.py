@@ -13,7 +13,7 @@ from typing import Any, get_origin
 from pydantic import ValidationError
 
 from igrpo_lite.config import RunConfig
-from igrpo_lite.defaults import LONG_COMPLETION, MODEL_DEFAULTS, REWARD_SETTINGS, SGRPO_PRESETS
+from igrpo_lite.defaults import ENDPOINT_SETTINGS, LONG_COMPLETION, MODEL_DEFAULTS, REWARD_SETTINGS, SGRPO_PRESETS
 from igrpo_lite.errors import ConfigError
 from igrpo_lite.fields import FIELDS, allowed, choices, hint, is_list, nearest, parts
 from igrpo_lite.recipe_file import dump, load_file
@@ -106,7 +106,7 @@ def merge(file: Mapping[str, Any], flags: Mapping[str, Any]) -> dict[str, Any]:
 
     The three counts of rollouts depend on each other: a flag for one of them, or another algorithm, also takes back
     what the file says about those that follow from it. So does a preset of S-GRPO with what it stands for, and a choice
-    of tokens with the settings of another one.
+    of tokens with the settings of another one, and the policy as the judge with the endpoint.
     """
     stale: set[str] = set()
     if any(name in flags for name in _ROLLOUTS) or flags.get("algorithm") == "grpo":
@@ -119,6 +119,8 @@ def merge(file: Mapping[str, Any], flags: Mapping[str, Any]) -> dict[str, Any]:
         named = str(flags["reward_funcs"])
         unused = tuple(prefix for reward, prefix in REWARD_SETTINGS.items() if reward not in named)
         stale |= {name for name in FIELDS if unused and name.startswith(unused)}
+    if flags.get("judge_by") == "policy":
+        stale |= set(ENDPOINT_SETTINGS)
     if "tokens" in flags:
         stale |= {name for name in FIELDS if name.startswith(tuple(_METHODS.values()))}
     kept = {key: value for key, value in file.items() if str(key).replace("-", "_") not in stale | flags.keys()}

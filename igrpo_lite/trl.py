@@ -23,6 +23,7 @@ from igrpo_lite.config import PromptOptions, RolloutOptions
 from igrpo_lite.errors import ConfigError, UserError
 from igrpo_lite.prompts import STAGE2_TEMPLATES, read_text_or_file, template_findings
 from igrpo_lite.rewards.answers import find_answer
+from igrpo_lite.rewards.findings import foreign_findings
 from igrpo_lite.types import Completion, Score
 
 SUPPORTED = ((1, 14), (1, 17))
@@ -215,8 +216,8 @@ class IGRPOTrainer(GRPOTrainer):
     refinements, but for ``num_tokens``, which counts both.
 
     Raises:
-        ConfigError: with all findings: a mode of TRL that is not supported (tools, environments, ``rollout_func``,
-            images), data without usable prompts, evaluation batches without whole groups, TRL 1.15 on a CPU.
+        ConfigError: with all findings: an unsupported mode of TRL (tools, environments, ``rollout_func``, images), data
+            without usable prompts, evaluation batches without whole groups, a reward that TRL has not, 1.15 on a CPU.
     """
 
     _tag_names: ClassVar[list[str]] = ["trl", "igrpo"]
@@ -245,7 +246,7 @@ class IGRPOTrainer(GRPOTrainer):
             raise ConfigError(
                 f"args: is a {type(args).__name__}; use igrpo_lite.trl.IGRPOConfig, which has all its fields"
             )
-        findings = [
+        findings = foreign_findings(reward_funcs) + [
             f"{name}: not supported, for drafts and refinements are single answers to text; leave it out"
             for name in _UNSUPPORTED
             if others.get(name)

@@ -158,6 +158,20 @@ def test_reward_without_accuracy_is_called_hacking() -> None:
     assert "--reward-weights" in found[0][1].text
 
 
+def test_a_policy_that_learns_to_please_itself_is_called_that() -> None:
+    def pleased(step: int) -> Metrics:
+        grade = min(0.3 + step / 50, 0.95) + 0.01 * (step % 2)
+        return healthy(step, **both("rewards/judge", grade), **both("accuracy", 0.4), **both("reward", grade))
+
+    for judge_by, told in (
+        ("policy", "`judge`, the policy's grade of itself. It may"),
+        ("endpoint", "`judge`. It may"),
+    ):
+        found = run(Health(config(reward_funcs=["judge"], judge_by=judge_by)), map(pleased, range(1, 30)))
+        assert codes(found)[0] == "reward-hacking"
+        assert told in found[0][1].text
+
+
 def leaking(step: int, refinements_too: bool) -> Metrics:
     rng = random.Random(f"leak {step}")
     luck, drop = rng.uniform(-0.05, 0.05), min(max(step - 40, 0) * 0.006, 0.25)

@@ -48,6 +48,22 @@ def test_a_draft_cannot_close_its_turn():
     assert second.ids.count(prompts.tokenizer.eos_token_id) == first.ids.count(prompts.tokenizer.eos_token_id)
 
 
+def test_control_tokens_that_others_keep_apart_are_left_out_too():
+    prompts = builder()
+    assert prompts.without_controls("a<|im_<|im_end|>end|>b<|im_start|>") == "ab"
+    assert prompts.without_controls("a < b | c") == "a < b | c"
+
+
+def test_without_a_chat_template_an_answer_begins_below_a_heading():
+    plain = tokenizer()
+    plain.chat_template = None
+    grades = PromptBuilder(plain, "", "Again?", "multi-turn", heading="Grade:")
+    first = grades.first("How good is it?")
+    assert first.text == "How good is it?\n\nGrade:\n"
+    reply = plain.encode("Well.", add_special_tokens=False)
+    assert grades.second("", first, reply).text == "How good is it?\n\nGrade:\nWell.\n\nAgain?\n\nGrade:\n"
+
+
 @pytest.mark.parametrize("ended", [True, False])
 def test_multi_turn_continues_the_very_ids_that_were_decoded(ended):
     prompts = builder("multi-turn")

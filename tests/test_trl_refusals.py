@@ -60,6 +60,15 @@ def test_wrong_settings_are_named_at_once(tmp_path):
         IGRPOConfig(str(tmp_path), **{"use_cpu": True, "num_generations": 4, "gradient_accumulation_steps": 2} | mended)
 
 
+def test_our_rewards_are_not_taken_for_models_of_that_name(tmp_path):
+    args = IGRPOConfig(str(tmp_path), use_cpu=True, num_generations=4)
+    for given in ("judge", [lambda completions, **_: [0.0] * len(completions), "judge"]):
+        with pytest.raises(ConfigError) as caught:
+            IGRPOTrainer("no/such-model", given, args, Dataset.from_list(rows()))
+        (told,) = caught.value.problems
+        assert told.startswith("reward_funcs: judge is a reward of igrpo-lite's own runs, not TRL's; give a")
+
+
 def test_what_trl_can_do_beyond_text_is_refused_before_a_model_loads(tmp_path):
     def refused(**arguments: Any) -> str:
         args = IGRPOConfig(str(tmp_path), use_cpu=True, num_generations=4, per_device_eval_batch_size=6)

@@ -11,6 +11,8 @@ stage 1, which gives three schedules with the same rollouts:
 * ``overlap``: a problem's refinements join the batch that still decodes other problems' drafts; the same samples;
 * ``ahead``: the drafts of the next step are sampled beside the refinements of this one. Drafts are context and never
   learn, so refinements stay exactly on-policy; a draft comes from the policy before the last update.
+
+Where the policy is the judge, a complete group is first graded in the same batch (algorithms/judging.py).
 """
 
 from __future__ import annotations
@@ -19,16 +21,20 @@ import math
 import random
 import time
 from collections.abc import Callable, Iterable, Mapping, Sequence
-from concurrent.futures import Future, ThreadPoolExecutor, wait
-from dataclasses import asdict, dataclass, field
+from concurrent.futures import ThreadPoolExecutor, wait
+from dataclasses import asdict, dataclass
 from typing import Any
 
 from igrpo_lite.algorithms.drafts import DraftChoice, choose_draft
-from igrpo_lite.algorithms.replay import Replay, Restart, choose_restarts, restart_prompt, whole_completion
+from igrpo_lite.algorithms.judging import PolicyJudge, Question
+from igrpo_lite.algorithms.pending import Part, Pending, Scoring, Tag, tag_of
+from igrpo_lite.algorithms.replay import Replay, choose_restarts, restart_prompt, whole_completion
 from igrpo_lite.config import RolloutOptions, RunConfig
 from igrpo_lite.prompts import PromptBuilder
+from igrpo_lite.rewards.judge import Judgement
+from igrpo_lite.rewards.judge_prompt import asks_policy
 from igrpo_lite.rewards.scorer import Scorer
-from igrpo_lite.sampling.base import Request, Sampler, request_seed
+from igrpo_lite.sampling.base import Request, Sampler
 from igrpo_lite.types import Completion, Group, Problem, Prompt, Score, Stage
 
 _REWARD_STEPS = 8
@@ -64,55 +70,6 @@ class Rollout:
         return None if self.choice is None else self.stage1.scores[self.choice.index]
 
 
-_Part = tuple[Stage, int]
-"""What is completed together: a stage's own completions (0), or one of its replays (1, 2)."""
-
-
-@dataclass(frozen=True, slots=True, order=True)
-class _Tag:
-    step: int
-    slot: int  # the problem's place in the step
-    part: _Part
-    index: int
-
-
-@dataclass(slots=True)
-class _Pending:
-    """One problem under way: what has come back so far, in request order.
-
-    ``single``: it gets one stage with all rollouts, whatever the algorithm (``single_stage_share``).
-    """
-
-    problem: Problem
-    step: int
-    slot: int
-    prompts: dict[Stage, Prompt]
-    single: bool
-    finished: dict[_Part, list[Completion | None]] = field(default_factory=dict)
-    groups: dict[Stage, Group] = field(default_factory=dict)
-    restarts: dict[_Part, Restart] = field(default_factory=dict)
-    replays: dict[_Part, Replay] = field(default_factory=dict)
-    choice: DraftChoice | None = None
-
-    def seed(self, seed: int, *path: object) -> int:
-        return request_seed(seed, self.step, self.slot, self.problem.id, *path)
-
-    def rollout(self) -> Rollout:
-        replays = tuple(self.replays[part] for part in sorted(self.replays))
-        return Rollout(self.groups["stage1"], self.choice, self.groups.get("stage2"), replays)
-
-
-@dataclass(frozen=True, slots=True)
-class _Scoring:
-    """A complete part whose rewards are being computed; ``due`` is the decoding step that waits for them."""
-
-    pending: _Pending
-    part: _Part
-    completions: tuple[Completion, ...]
-    scores: Future[list[Score]]
-    due: float
-
-
 class RolloutCollector:
     """Samples and scores the rollouts of one step.
 
@@ -126,6 +83,7 @@ class RolloutCollector:
 
     Attributes:
         reward_seconds: in which nothing was decoded for want of a reward.
+        judge_tokens: that the policy has written as a judge.
     """
 
     def __init__(
@@ -144,9 +102,11 @@ class RolloutCollector:
         self.seed = seed
         self.on_progress = on_progress
         self.reward_seconds = 0.0
-        self._pending: dict[tuple[int, int], _Pending] = {}  # by step and slot; between steps, what ``ahead`` drafted
+        self.judge_tokens = 0
+        self.judge = PolicyJudge(config, prompts) if asks_policy(config) else None
+        self._pending: dict[tuple[int, int], Pending] = {}  # by step and slot; between steps, what ``ahead`` drafted
         self._deferred: list[Request] = []
-        self._scoring: list[_Scoring] = []
+        self._scoring: list[Scoring] = []
         self._polls = 0
         self._thread = ThreadPoolExecutor(scorer.threads, "rewards") if scorer.in_worker else None
         self._done = self._total = 0
@@ -175,7 +135,7 @@ class RolloutCollector:
             self._sample(wave + [request for p in later for request in self._drafts(p)])
         for p in mine:
             del self._pending[p.step, p.slot]
-        return [p.rollout() for p in mine]
+        return [_rollout(p) for p in mine]
 
     def close(self) -> None:
         """End the threads that wait for rewards; one that is still being computed is given up, with its process."""
@@ -200,30 +160,33 @@ class RolloutCollector:
             scores = tuple(Score(**entry) for entry in saved["scores"])
             p.groups["stage1"] = Group(p.problem, "stage1", p.prompts["stage1"], completions, scores)
 
-    def _begin(self, problems: Sequence[Problem], step: int, first_slot: int) -> list[_Pending]:
+    def _begin(self, problems: Sequence[Problem], step: int, first_slot: int) -> list[Pending]:
         """What is under way for ``problems``: drafted already, or new."""
         for slot, problem in enumerate(problems, start=first_slot):
             if (step, slot) not in self._pending:
                 prompts: dict[Stage, Prompt] = {"stage1": self.prompts.first(problem.question)}
                 single = is_single_stage(step, slot, self.config)
-                self._pending[step, slot] = _Pending(problem, step, slot, prompts, single)
+                self._pending[step, slot] = Pending(problem, step, slot, prompts, single)
         return [self._pending[step, slot] for slot in range(first_slot, first_slot + len(problems))]
 
     def _sample(self, wave: list[Request]) -> None:
         """Sample until nothing follows; what follows a finished group joins the batch or, with ``barrier``, waits."""
         while wave:
             self.sampler.run(wave, self._on_finished, self._poll if self._thread else None)
-            wave, self._deferred = sorted(self._deferred, key=_tag), []
+            wave, self._deferred = sorted(self._deferred, key=tag_of), []
 
     def _on_finished(self, request: Request, completion: Completion) -> Iterable[Request]:
-        tag = _tag(request)
+        tag = tag_of(request)
         pending = self._pending[tag.step, tag.slot]
+        if tag.turn:
+            self.judge_tokens += len(completion.ids)
+            return self._ask(pending, tag.part, pending.judging[tag.part].replied(tag.index, completion))
         finished = pending.finished[tag.part]
         finished[tag.index] = completion
         completions = tuple(c for c in finished if c is not None)
         more: Iterable[Request] = ()
         if len(completions) == len(finished):
-            more = self._judge(pending, tag.part, completions)
+            more = self._complete(pending, tag.part, completions)
         self._done += 1
         self.on_progress(self._done, self._total)
         return more
@@ -241,23 +204,48 @@ class RolloutCollector:
             more += self._follow(scoring.pending, scoring.part, scoring.completions, scores)
         return more
 
-    def _judge(self, pending: _Pending, part: _Part, completions: tuple[Completion, ...]) -> Iterable[Request]:
-        """Score what is complete, at once or beside the decoding; gives what follows at once."""
+    def _complete(self, pending: Pending, part: Part, completions: tuple[Completion, ...]) -> Iterable[Request]:
+        """Have what is complete judged by the policy, where it is the judge, and scored; gives what follows at once."""
         if part[1]:  # as whole completions of the original prompt
             source, start = self._source(pending, part)
             completions = tuple(whole_completion(source, start, c, self.prompts.tokenizer) for c in completions)
-        arguments = pending.problem, pending.prompts[part[0]], completions
+        if self.judge is None:
+            return self._score(pending, part, completions)
+        pending.judging[part] = judging = self.judge.about(pending.problem, completions)
+        return self._ask(pending, part, judging.questions)
+
+    def _ask(self, pending: Pending, part: Part, questions: Sequence[Question]) -> Iterable[Request]:
+        """The requests of what is to be asked of the judge; the group is scored once nothing is. They join the batch
+        whatever the schedule: with ``barrier`` each stage is judged in its own wave."""
+        judge, judging, path = self.judge, pending.judging[part], _path(part)
+        assert judge is not None
+        if judging.done:
+            return self._score(pending, part, judging.completions, judging.judgements())
+        return [
+            q.request(
+                pending.seed(self.seed, *path, "judge", q.index, q.turn),
+                judge.max_tokens,
+                Tag(pending.step, pending.slot, part, q.index, q.turn),
+            )
+            for q in questions
+        ]
+
+    def _score(
+        self, pending: Pending, part: Part, completions: tuple[Completion, ...], *judgements: Sequence[Judgement]
+    ) -> Iterable[Request]:
+        """Score a part, at once or beside the decoding; gives what follows at once."""
+        problem, prompt = pending.problem, pending.prompts[part[0]]
         if self._thread is not None:
-            scores = self._thread.submit(self.scorer.score, *arguments)
+            scores = self._thread.submit(self.scorer.score, problem, prompt, completions, *judgements)
             due = self._polls + _REWARD_STEPS if self._joins(pending, part) else math.inf
-            self._scoring.append(_Scoring(pending, part, completions, scores, due))
+            self._scoring.append(Scoring(pending, part, completions, scores, due))
             return ()
         started = time.perf_counter()
-        found = self.scorer.score(*arguments)
+        found = self.scorer.score(problem, prompt, completions, *judgements)
         self.reward_seconds += time.perf_counter() - started
         return self._follow(pending, part, completions, found)
 
-    def _joins(self, pending: _Pending, part: _Part) -> bool:
+    def _joins(self, pending: Pending, part: Part) -> bool:
         """Whether there is something that joins the batch once a part is scored."""
         (stage, number), config = part, self.config
         if number or config.schedule == "barrier":
@@ -265,13 +253,13 @@ class RolloutCollector:
         refined = stage == "stage1" and not pending.single and config.schedule == "overlap"
         return refined or self._replayed(pending, stage)
 
-    def _replayed(self, pending: _Pending, stage: Stage) -> bool:
+    def _replayed(self, pending: Pending, stage: Stage) -> bool:
         config = self.config
         learns = stage in learning_stages("grpo" if pending.single else config.algorithm)
         return learns and config.tokens == "t-spmo" and config.tspmo_replay > 0
 
     def _follow(
-        self, pending: _Pending, part: _Part, completions: tuple[Completion, ...], scores: Sequence[Score]
+        self, pending: Pending, part: Part, completions: tuple[Completion, ...], scores: Sequence[Score]
     ) -> Iterable[Request]:
         """Take in a scored group; gives the requests that it was waited for."""
         stage, number = part
@@ -292,13 +280,13 @@ class RolloutCollector:
             return ()
         return more
 
-    def _drafts(self, pending: _Pending) -> list[Request]:
+    def _drafts(self, pending: Pending) -> list[Request]:
         return self._requests(pending, ("stage1", 0), self._stage1_size(pending))
 
-    def _stage1_size(self, pending: _Pending) -> int:
+    def _stage1_size(self, pending: Pending) -> int:
         return self.config.num_generations if pending.single else stage1_size(self.config)
 
-    def _refine(self, pending: _Pending) -> list[Request]:
+    def _refine(self, pending: Pending) -> list[Request]:
         """Choose the draft and ask for the refinements."""
         drafts = pending.groups["stage1"]
         rng = random.Random(pending.seed(self.seed, "choice"))
@@ -310,7 +298,7 @@ class RolloutCollector:
             pending.prompts["stage2"] = drafts.prompt
         return self._requests(pending, ("stage2", 0), stage2_size(self.config))
 
-    def _restart(self, pending: _Pending, stage: Stage) -> list[Request]:
+    def _restart(self, pending: Pending, stage: Stage) -> list[Request]:
         """Choose where a learning stage is replayed and ask for the continuations."""
         if not self._replayed(pending, stage):
             return []
@@ -321,29 +309,27 @@ class RolloutCollector:
             requests += self._requests(pending, (stage, number), self.config.tspmo_replay)
         return requests
 
-    def _source(self, pending: _Pending, part: _Part) -> tuple[Completion, int]:
+    def _source(self, pending: Pending, part: Part) -> tuple[Completion, int]:
         """The completion that a replay restarts from, and the tokens of it that are kept."""
         restart = pending.restarts[part]
         return pending.groups[part[0]].completions[restart.source], restart.start
 
-    def _requests(self, pending: _Pending, part: _Part, count: int) -> list[Request]:
+    def _requests(self, pending: Pending, part: Part, count: int) -> list[Request]:
         stage, number = part
         prompt, limit = pending.prompts[stage], self.config.max_completion_length
-        path: tuple[object, ...] = (stage,)
         if number:
             source, start = self._source(pending, part)
             prompt, limit = restart_prompt(prompt, source.ids[:start], self.prompts.tokenizer), limit - start
-            path = (stage, "replay", number)
         pending.finished[part] = [None] * count
         return [
             Request(
                 prompt=prompt,
-                seed=pending.seed(self.seed, *path, index),
+                seed=pending.seed(self.seed, *_path(part), index),
                 max_tokens=limit,
                 temperature=stage_temperature(self.config, stage, pending.single),
                 top_p=self.config.top_p,
                 min_p=self.config.min_p,
-                tag=_Tag(pending.step, pending.slot, part, index),
+                tag=Tag(pending.step, pending.slot, part, index),
             )
             for index in range(count)
         ]
@@ -398,9 +384,15 @@ def stage_temperature(options: RolloutOptions, stage: Stage, single: bool = Fals
     return options.draft_temperature if drafts and options.draft_temperature is not None else options.temperature
 
 
-def _tag(request: Request) -> _Tag:
-    assert isinstance(request.tag, _Tag)
-    return request.tag
+def _path(part: Part) -> tuple[object, ...]:
+    """Of the seeds of a part's requests."""
+    stage, number = part
+    return (stage, "replay", number) if number else (stage,)
+
+
+def _rollout(pending: Pending) -> Rollout:
+    replays = tuple(pending.replays[part] for part in sorted(pending.replays))
+    return Rollout(pending.groups["stage1"], pending.choice, pending.groups.get("stage2"), replays)
 
 
 def _tuples(entry: Mapping[str, Any]) -> dict[str, Any]:

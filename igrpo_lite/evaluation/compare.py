@@ -126,7 +126,6 @@ def _held_out(config: RunConfig, shots: int) -> tuple[list[Problem], PromptBuild
     except ConfigError as error:
         fewer = [f"--few-shot {shots}: the worked examples are part of every prompt; use fewer"] if shots else []
         raise ConfigError(error.problems + fewer) from None
-    prompts.max_length = needed - config.max_completion_length
     return problems, prompts, needed, _data_notes(config, sets, dropped)
 
 

@@ -13,10 +13,11 @@ from dataclasses import asdict, dataclass, field
 from statistics import fmean, median, pvariance
 from typing import Any, Literal
 
+from igrpo_lite.algorithms.judging import PolicyJudge
 from igrpo_lite.algorithms.rollout import learning_stages, stage1_size, stage2_size
 from igrpo_lite.config import RunConfig
 from igrpo_lite.errors import RewardError, UserError
-from igrpo_lite.evaluation.passrate import PassRate, pass_rates
+from igrpo_lite.evaluation.passrate import JudgeGroup, PassRate, pass_rates
 from igrpo_lite.policy.loading import load_policy
 from igrpo_lite.policy.prompting import check_context, fitting, prompt_builder
 from igrpo_lite.problems.loading import ProblemSets, load_problems
@@ -25,9 +26,12 @@ from igrpo_lite.rewards.answers import gold_answer
 from igrpo_lite.rewards.calls import Calls
 from igrpo_lite.rewards.checker import AnswerChecker
 from igrpo_lite.rewards.custom import in_short
+from igrpo_lite.rewards.judge import Judgement
+from igrpo_lite.rewards.judge_prompt import judge_prompt, judge_template
 from igrpo_lite.rewards.scorer import Scorer, right_text
+from igrpo_lite.sampling.base import Sampler
 from igrpo_lite.sampling.choice import make_sampler
-from igrpo_lite.types import Completion, Problem, Prompt
+from igrpo_lite.types import Completion, Problem, Prompt, Score
 
 MAX_UNVERIFIED = 0.05
 """Share of gold answers that may fail to verify against themselves before that is an error."""
@@ -157,6 +161,9 @@ def check_rewards(problems: Sequence[Problem], scorer: Scorer, config: RunConfig
         return part
     _tell_failures(part, scorer)
     part.numbers["rewards"] = rewards
+    if scorer.asks_policy:
+        part.lines.append("judge is the policy, which is asked once it is loaded (below); until then it abstains")
+        return part
     right = rewards["right answer"]
     others = [reward for name, reward in rewards.items() if name != "right answer" and reward is not None]
     if right is None:
@@ -174,7 +181,8 @@ def _earned(texts: Sequence[tuple[Problem, str]], scorer: Scorer) -> tuple[float
     scores = []
     for problem, text in texts:
         completion = Completion(tuple(range(1, 9)), text, (0.0,) * 8, "stop")
-        scores += scorer.score(problem, Prompt(problem.question, ()), [completion])
+        unasked = [Judgement(None, asked=False)] if scorer.asks_policy else None
+        scores += scorer.score(problem, Prompt(problem.question, ()), [completion], unasked)
     values = [score.reward for score in scores if score.reward is not None]
     parts = {n: [value for s in scores if (value := s.parts[n]) is not None] for n in scorer.names}
     shown = ", ".join(f"{n} {fmean(v):.2f}" if v else f"{n} abstains" for n, v in parts.items())
@@ -200,7 +208,10 @@ def check_prompts(sets: ProblemSets, prompts: PromptBuilder, config: RunConfig) 
     first = prompts.first(problem.question)
     draft = prompts.tokenizer.encode("(the chosen draft)", add_special_tokens=False)
     second = prompts.second(problem.question, first, draft)
-    for name, prompt in (("stage 1", first), ("stage 2", second)):
+    shown = {"stage 1": first, "stage 2": second}
+    if prompts.judge is not None:
+        shown["judge"] = prompts.judge.first(judge_prompt(judge_template(config), problem, "(the completion)"))
+    for name, prompt in shown.items():
         part.lines += [f"{name}, {len(prompt.ids)} tokens:", *(f"  | {line}" for line in prompt.text.splitlines())]
     lengths = sorted(len(prompts.first(p.question).ids) for p in sets.train)
     train, held_out = (fitting(problems, prompts, config.max_prompt_length) for problems in (sets.train, sets.held_out))
@@ -218,13 +229,13 @@ def check_prompts(sets: ProblemSets, prompts: PromptBuilder, config: RunConfig) 
             f"{train.dropped / len(sets.train):.0%} of the training problems are too long; raise --max-prompt-length"
         )
     try:
-        needed = max(check_context(config, prompts, longest) for longest in (train.longest, held_out.longest))
+        needed = check_context(config, prompts, train.longest, held_out.longest)
     except UserError as error:
         part.errors(error)
         return part, None
-    prompts.max_length = needed - config.max_completion_length
     part.numbers["needed"] = needed
-    part.lines.append(f"longest prompt, draft and completion together: at most {needed} tokens; they fit the model")
+    what = "prompt, draft and completion" + (", or what the judge reads and writes," if prompts.judge else "")
+    part.lines.append(f"longest {what} together: at most {needed} tokens; they fit the model")
     return part, needed
 
 
@@ -241,7 +252,8 @@ def try_model(
     policy = load_policy(config, config.seed, context=needed)
     sampler, notes = make_sampler(config, policy, prompts, needed)
     try:
-        rates = pass_rates(problems, sampler, prompts, config, samples, scorer.score, on_progress)
+        score = _scored_by_policy(scorer, sampler, prompts, config) if scorer.asks_policy else scorer.score
+        rates = pass_rates(problems, sampler, prompts, config, samples, score, on_progress)
         part = judge_rates(rates, config)
         _tell_failures(part, scorer)
     except RewardError as error:
@@ -251,6 +263,16 @@ def try_model(
         sampler.close()
     part.lines = notes + part.lines
     return part
+
+
+def _scored_by_policy(scorer: Scorer, sampler: Sampler, prompts: PromptBuilder, config: RunConfig) -> JudgeGroup:
+    judge = PolicyJudge(config, prompts)
+
+    def score(problem: Problem, prompt: Prompt, completions: Sequence[Completion]) -> list[Score]:
+        judgements = judge.judge(sampler, problem, completions, config.seed, "pass-rate", problem.id)
+        return scorer.score(problem, prompt, completions, judgements)
+
+    return score
 
 
 def judge_rates(rates: Sequence[PassRate], config: RunConfig) -> Part:
@@ -284,8 +306,29 @@ def judge_rates(rates: Sequence[PassRate], config: RunConfig) -> Part:
         + (" (from the plain prompt; a good draft makes them fewer)" if config.algorithm == "igrpo" else ""),
         *_examples(rates),
     ]
+    _look_at_judge(part, rates)
     _advise(part, config, share, cut, expected, reasons["no_answer"] / total)
     return part
+
+
+def _look_at_judge(part: Part, rates: Sequence[PassRate]) -> None:
+    """Whether the reward ``judge`` knows right completions from wrong ones, where there are both."""
+    graded = [
+        (score.reason == "correct", grade)
+        for r in rates
+        for score in r.scores
+        if (grade := score.parts.get("judge")) is not None
+    ]
+    right, wrong = ([grade for correct, grade in graded if correct is wanted] for wanted in (True, False))
+    if not right or not wrong:
+        return
+    part.numbers["judge"] = {"right": fmean(right), "wrong": fmean(wrong)}
+    part.lines.append(f"the judge gives right completions {fmean(right):.2f}, wrong ones {fmean(wrong):.2f} on average")
+    if fmean(right) <= fmean(wrong):
+        part.warning(
+            "the judge grades wrong completions no lower than right ones, so what is learned from it leads astray; "
+            "take a stronger judge, another --judge-prompt, or leave it out"
+        )
 
 
 def informative_share(right: Sequence[int], samples: int, group: int) -> float:

@@ -10,7 +10,8 @@ from igrpo_lite.errors import ConfigError
 from igrpo_lite.policy.loading import load_tokenizer, read_context_length
 from igrpo_lite.prompts import STAGE2_TEMPLATES, SYSTEM_PROMPTS, PromptBuilder, read_text_or_file
 from igrpo_lite.rewards.hiding import hide_answer
-from igrpo_lite.types import Problem
+from igrpo_lite.rewards.judge_prompt import REMINDER, asks_policy, judge_prompt, judge_template
+from igrpo_lite.types import Problem, Prompt
 
 
 def prompt_builder(config: RunConfig) -> PromptBuilder:
@@ -23,6 +24,8 @@ def prompt_builder(config: RunConfig) -> PromptBuilder:
         config.max_draft_length,
     )
     prompts.hide_answer = hide_answer if config.draft_answer == "hidden" else None
+    if asks_policy(config):  # without the instruction, which asks for solutions
+        prompts.judge = PromptBuilder(prompts.tokenizer, "", REMINDER, "multi-turn", heading="Grade:")
     return prompts
 
 
@@ -56,28 +59,62 @@ def fitting(problems: Sequence[Problem], prompts: PromptBuilder, limit: int) -> 
     return Fitting([problem for _, problem in kept], len(problems) - len(kept), longest)
 
 
-def check_context(config: RunConfig, prompts: PromptBuilder, longest: Problem) -> int:
-    """The longest prompt, draft and completion together, in tokens; refuses a run in which they exceed the context.
+def check_context(config: RunConfig, prompts: PromptBuilder, *longest: Problem) -> int:
+    """The tokens that an engine must have room for; refuses a run in which they exceed the model's context.
 
-    A draft is tokenised anew in its prompt and may then be longer: the sum has a quarter of a draft more, as far as the
-    context goes, and whoever builds prompts must keep to it (:attr:`PromptBuilder.max_length`).
+    That is the longest prompt, draft and completion together, or what the policy reads and writes as a judge. What was
+    sampled is tokenised anew in a prompt and may then be longer: there is room for a quarter more, as far as the
+    context goes, and ``prompts`` are told to keep to it (:attr:`PromptBuilder.max_length`).
+
+    Args:
+        longest: the problems with the longest prompts.
 
     Raises:
-        ConfigError: with the sum, and the setting to lower.
+        ConfigError: with the sums, and the settings to lower.
     """
-    context = read_context_length(config)
-    first = prompts.first(longest.question)
+    needed, findings = _rollout_length(config, prompts, longest)
+    if prompts.judge is not None:
+        judged, more = _judge_length(config, prompts.judge, longest)
+        needed, findings = max(needed, judged), findings + more
+    if findings:
+        raise ConfigError(findings)
+    return needed
+
+
+def _rollout_length(config: RunConfig, prompts: PromptBuilder, longest: Sequence[Problem]) -> tuple[int, list[str]]:
+    context, completion = read_context_length(config), config.max_completion_length
     # Evaluation refines with its own draft whatever the algorithm, so the draft counts for GRPO too.
-    prompt = len(prompts.second(longest.question, first, ()).ids)
-    draft = min(config.max_completion_length, config.max_draft_length or config.max_completion_length)
-    needed = prompt + draft + config.max_completion_length
+    prompt = max(len(prompts.second(p.question, prompts.first(p.question), ()).ids) for p in longest)
+    draft = min(completion, config.max_draft_length or completion)
+    needed = prompt + draft + completion
     if needed > context:
         room = context - prompt
         fits = max(room // 2, room - (config.max_draft_length or room))
         advice = f"set --max-completion-length {fits}, or " if fits > 0 else ""
-        raise ConfigError(
-            f"the model's context is {context} tokens, but prompt {prompt} + draft {draft} + completion "
-            f"{config.max_completion_length} may need {needed}; {advice}lower --max-draft-length or "
-            "--max-prompt-length (longer problems are left out)"
-        )
-    return min(context, needed + draft // 4)
+        return needed, [
+            f"the model's context is {context} tokens, but prompt {prompt} + draft {draft} + completion {completion} "
+            f"may need {needed}; {advice}lower --max-draft-length or --max-prompt-length (longer problems are left out)"
+        ]
+    needed = min(context, needed + draft // 4)
+    prompts.max_length = needed - completion
+    return needed, []
+
+
+def _judge_length(config: RunConfig, judge: PromptBuilder, longest: Sequence[Problem]) -> tuple[int, list[str]]:
+    """Of the conversation in which the policy grades a completion and is reminded of the score."""
+    context, completion, reply = read_context_length(config), config.max_completion_length, config.judge_max_tokens
+    template = judge_template(config)
+    prompt = max(len(judge.first(judge_prompt(template, problem, "")).ids) for problem in longest)
+    reminder = len(judge.second("", Prompt("", ()), ()).ids)
+    needed = prompt + completion + 2 * reply + reminder
+    if needed > context:
+        fits = (context - prompt - completion - reminder) // 2
+        advice = f"set --judge-max-tokens {fits}, or " if fits > 0 else ""
+        return needed, [
+            f"the model's context is {context} tokens, but to judge, the policy may need {needed}: judge's prompt "
+            f"{prompt} + completion {completion} + its reply {reply} + reminder {reminder} + its reply {reply}; "
+            f"{advice}give a shorter --judge-prompt, or lower --max-completion-length or --max-prompt-length"
+        ]
+    needed = min(context, needed + completion // 4)
+    judge.max_length = needed - 2 * reply - reminder
+    return needed, []

@@ -5,9 +5,10 @@ from __future__ import annotations
 import difflib
 import re
 from pathlib import Path
+from typing import Any
 
 from igrpo_lite.config import RewardOptions, RunConfig
-from igrpo_lite.defaults import REWARD_SETTINGS
+from igrpo_lite.defaults import ENDPOINT_SETTINGS, REWARD_SETTINGS
 from igrpo_lite.prompts import read_text_or_file
 from igrpo_lite.rewards.builtin import BUILTIN
 from igrpo_lite.rewards.custom import find_function_error
@@ -43,6 +44,16 @@ def reward_findings(options: RunConfig) -> list[str]:
     return findings + _idle(options)
 
 
+def foreign_findings(reward_funcs: Any) -> list[str]:
+    """Our rewards by name where TRL takes functions and models: it would look for a model of that name."""
+    given = reward_funcs if isinstance(reward_funcs, list | tuple) else [reward_funcs]
+    return [
+        f"reward_funcs: {name} is a reward of igrpo-lite's own runs, not TRL's; give a function or a reward model"
+        for name in given
+        if isinstance(name, str) and name in BUILTIN and not Path(name).is_dir()
+    ]
+
+
 def _unknown(name: str) -> str:
     if name.endswith(".py"):
         return f"reward_funcs: {name} names no function; write it as {name}:function"
@@ -69,21 +80,36 @@ def _idle(options: RewardOptions) -> list[str]:
 
 
 def _judge_findings(options: RewardOptions) -> list[str]:
+    if options.judge_by == "endpoint":
+        return _endpoint_findings(options) + _judge_prompt_findings(options.judge_prompt)
+    return _judge_prompt_findings(options.judge_prompt) + [
+        f"{name}: belongs to judge_by endpoint, but judge_by is policy, which asks no server; leave {name} out"
+        for name in ENDPOINT_SETTINGS
+        if getattr(options, name) != RewardOptions.model_fields[name].default
+    ]
+
+
+def _endpoint_findings(options: RewardOptions) -> list[str]:
     if options.judge_url is None:
-        findings = ["judge_url: the reward judge needs an endpoint, like http://localhost:8000/v1; set --judge-url"]
+        findings = [
+            "judge_url: the reward judge needs an endpoint, like http://localhost:8000/v1; set --judge-url, or "
+            "--judge-by policy to let the policy grade itself"
+        ]
     else:
         finding = url_finding(options.judge_url)
         findings = [finding] if finding else []
-    prompt = options.judge_prompt
-    if prompt is not None:
-        if re.fullmatch(r"\S+\.(txt|md|prompt)", prompt) and not Path(prompt).is_file():
-            findings.append(f"judge_prompt: no such file: {prompt}")
-        else:
-            try:
-                findings += judge_prompt_findings(read_text_or_file(prompt))
-            except (OSError, UnicodeDecodeError) as error:
-                findings.append(f"judge_prompt: {prompt} cannot be read as UTF-8 text: {error}")
     folder = cache_folder(options.judge_cache)
     if folder.exists() and not folder.is_dir():
         findings.append(f"judge_cache: {folder} is a file; give a folder")
     return findings
+
+
+def _judge_prompt_findings(prompt: str | None) -> list[str]:
+    if prompt is None:
+        return []
+    if re.fullmatch(r"\S+\.(txt|md|prompt)", prompt) and not Path(prompt).is_file():
+        return [f"judge_prompt: no such file: {prompt}"]
+    try:
+        return judge_prompt_findings(read_text_or_file(prompt))
+    except (OSError, UnicodeDecodeError) as error:
+        return [f"judge_prompt: {prompt} cannot be read as UTF-8 text: {error}"]

@@ -1,26 +1,26 @@
 """A generative judge as a reward: a language model grades each completion between 0 and 1.
 
 The paper's ablation (arXiv 2602.09000, table 3) uses such a score both to choose the draft and for the advantages.
-Calls run in an event loop in a thread of their own, so that any thread may ask, also inside a notebook's loop, and so
-that those under way can be cancelled.
+:class:`Judge` asks an endpoint; where the policy grades itself, :mod:`igrpo_lite.algorithms.judging` asks. Calls to the
+endpoint run in an event loop in a thread of their own, so that any thread may ask, also inside a notebook's loop, and
+so that those under way can be cancelled.
 """
 
 from __future__ import annotations
 
 import asyncio
 import threading
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from concurrent.futures import CancelledError, Future
 from contextlib import closing
 from dataclasses import dataclass, replace
 
 from igrpo_lite.config import RewardOptions
 from igrpo_lite.errors import RewardError
-from igrpo_lite.prompts import read_text_or_file
 from igrpo_lite.rewards.calls import Calls
 from igrpo_lite.rewards.endpoint import BACKOFF_SECONDS, CallFailed, Endpoint, Reply
 from igrpo_lite.rewards.judge_cache import JudgeCache, cache_folder
-from igrpo_lite.rewards.judge_prompt import DEFAULT_PROMPT, REMINDER, judge_prompt, read_score
+from igrpo_lite.rewards.judge_prompt import REMINDER, judge_prompt, judge_template, read_score
 from igrpo_lite.types import Problem
 
 
@@ -30,7 +30,7 @@ class Judgement:
 
     Attributes:
         reply: what the judge wrote.
-        asked: whether the endpoint was; otherwise it comes from the cache, or from the same text in the same group.
+        asked: whether the judge was; otherwise it comes from the cache, or from the same text in the same group.
         tokens: read and written for it.
     """
 
@@ -42,8 +42,25 @@ class Judgement:
     tokens: int = 0
 
 
+def read_judgement(replies: Sequence[Reply]) -> Judgement:
+    """What a judge's reply, or that and the one to the reminder, says of one completion."""
+    text, last = "\n".join(reply.text for reply in replies).strip(), replies[-1]
+    tokens = sum(reply.tokens for reply in replies)
+    # A reply that was cut may have been cut right behind a score that it only speaks of.
+    score = None if last.cut else read_score(last.text)
+    return Judgement(score, text, _unread(text, last.cut) if score is None else None, tokens=tokens)
+
+
+def each(asked: Sequence[str], found: Mapping[str, Judgement]) -> list[Judgement]:
+    """The judgement of each thing that was to be asked; what came before in the same group was not asked again."""
+    return [
+        found[text] if text not in asked[:i] else replace(found[text], asked=False, tokens=0)
+        for i, text in enumerate(asked)
+    ]
+
+
 class Judge:
-    """Grades completions; connects at the first call. Several threads may ask at the same time.
+    """Grades completions at an endpoint; connects at the first call. Several threads may ask at the same time.
 
     Args:
         options: the ``judge_*`` settings; ``judge_prompt`` has been checked.
@@ -53,7 +70,7 @@ class Judge:
     def __init__(self, options: RewardOptions, backoff: float = BACKOFF_SECONDS) -> None:
         self._options = options
         self._backoff = backoff
-        self._template = DEFAULT_PROMPT if options.judge_prompt is None else read_text_or_file(options.judge_prompt)
+        self._template = judge_template(options)
         self._lock = threading.Lock()
         self._loop: asyncio.AbstractEventLoop | None = None
         self._thread: threading.Thread | None = None
@@ -84,10 +101,7 @@ class Judge:
         except BaseException:
             graded.cancel()
             raise
-        return [
-            found[prompt] if prompt not in prompts[:i] else replace(found[prompt], asked=False, tokens=0)
-            for i, prompt in enumerate(prompts)
-        ]
+        return each(prompts, found)
 
     def close(self) -> None:
         """Cancels calls under way and ends the connections; a later call would make new ones."""
@@ -139,27 +153,21 @@ class Judge:
             if not fresh and (kept := self._cache.get(key)) is not None:
                 return Judgement(*kept, asked=False)
             reply = await endpoint.ask(_turns(prompt), calls)
-            text, tokens, score = reply.text, reply.tokens, _score(reply)
-            if score is None:
+            found = read_judgement([reply])
+            if found.score is None:
+                text = reply.text
                 again = _turns(prompt, text, REMINDER) if text.strip() else _turns(f"{prompt}\n\n{REMINDER}")
-                reply = await endpoint.ask(again, calls)
-                text, tokens, score = f"{text}\n{reply.text}".strip(), tokens + reply.tokens, _score(reply)
+                found = read_judgement([reply, await endpoint.ask(again, calls)])
         except CallFailed as failure:
             return Judgement(None, error=str(failure), timed_out=failure.timed_out)
-        if score is None:
-            return Judgement(None, text, _unread(text, reply.cut), tokens=tokens)
-        self._cache.put(key, score, text)
-        return Judgement(score, text, tokens=tokens)
+        if found.score is not None:
+            self._cache.put(key, found.score, found.reply)
+        return found
 
 
 def _turns(*contents: str) -> list[dict[str, str]]:
     roles = ("user", "assistant", "user")
     return [{"role": role, "content": content} for role, content in zip(roles, contents, strict=False)]
-
-
-def _score(reply: Reply) -> float | None:
-    # A reply that was cut may have been cut right behind a score that it only speaks of.
-    return None if reply.cut else read_score(reply.text)
 
 
 def _unread(text: str, cut: bool) -> str:

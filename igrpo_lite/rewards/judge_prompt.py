@@ -10,6 +10,8 @@ import hashlib
 import re
 import string
 
+from igrpo_lite.config import RewardOptions
+from igrpo_lite.prompts import read_text_or_file
 from igrpo_lite.types import Problem
 
 DEFAULT_PROMPT = """\
@@ -43,6 +45,16 @@ _LONGEST = 200
 """Characters of a line that may be a score; the pattern above is not linear."""
 
 _CONTROL = re.compile(r"(<)(?=[|｜]|/?[A-Za-z_]+[|｜]?>)|(\[)(?=/?[A-Z_]+\])")
+
+
+def asks_policy(options: RewardOptions) -> bool:
+    """Whether the policy itself is the judge, and one is asked."""
+    return "judge" in options.reward_funcs and options.judge_by == "policy"
+
+
+def judge_template(options: RewardOptions) -> str:
+    """The judge's prompt with its placeholders: the user's text or file, or ours."""
+    return DEFAULT_PROMPT if options.judge_prompt is None else read_text_or_file(options.judge_prompt)
 
 
 def judge_prompt_findings(template: str) -> list[str]:

@@ -31,7 +31,8 @@ from igrpo_lite.rewards.calls import Calls
 from igrpo_lite.rewards.checker import AnswerChecker
 from igrpo_lite.rewards.custom import in_short, split_spec
 from igrpo_lite.rewards.findings import reward_findings
-from igrpo_lite.rewards.judge import Judge
+from igrpo_lite.rewards.judge import Judge, Judgement
+from igrpo_lite.rewards.judge_prompt import asks_policy
 from igrpo_lite.rewards.worker import Worker
 from igrpo_lite.types import Completion, Problem, Prompt, Score
 
@@ -46,7 +47,7 @@ _SHOWN = 1000
 @dataclass(frozen=True, slots=True)
 class _Batch:
     """What is scored together. ``extras`` collects what rewards log of each completion; ``strict``: the check before
-    the run, in which nothing may fail."""
+    the run, in which nothing may fail; ``judgements``: the policy's own, where it is the judge."""
 
     problem: Problem
     prompt: Prompt
@@ -54,6 +55,7 @@ class _Batch:
     judged: Sequence[Verdict]
     extras: Sequence[dict[str, Any]]
     strict: bool = False
+    judgements: Sequence[Judgement] | None = None
 
 
 class Scorer:
@@ -64,6 +66,7 @@ class Scorer:
         weights: one weight per reward.
         failures: how the calls went, by name, of users' functions and the judge. A resumed run may put earlier counts
             in.
+        asks_policy: whether the policy is the judge: whoever has scores made then asks it first.
 
     Raises:
         RewardError: with all of :func:`reward_findings`.
@@ -86,6 +89,7 @@ class Scorer:
             for name, spec in zip(self.names, self._specs, strict=True)
             if spec == "judge" or spec not in BUILTIN
         }
+        self.asks_policy = asks_policy(config)
         self.checker = AnswerChecker(config.math_verify, config.math_verify_timeout)
         self._worker = Worker()
         self._judge = Judge(config)
@@ -101,12 +105,16 @@ class Scorer:
     @property
     def in_worker(self) -> bool:
         """Whether a worker process or an endpoint computes some of the rewards, so that scoring is mostly waiting."""
-        return bool(self.failures)
+        return any(spec not in BUILTIN for spec in self._specs) or self._asks_endpoint
+
+    @property
+    def _asks_endpoint(self) -> bool:
+        return "judge" in self._specs and not self.asks_policy
 
     @property
     def threads(self) -> int:
         """Groups that are worth scoring at the same time: a judge answers several, a worker one after the other."""
-        return self._config.judge_concurrency if "judge" in self._specs else 1
+        return self._config.judge_concurrency if self._asks_endpoint else 1
 
     def close(self) -> None:
         """Ends the processes and connections that were started, and gives up what they are doing."""
@@ -115,7 +123,8 @@ class Scorer:
         self.checker.close()
 
     def check(self, problem: Problem) -> None:
-        """Sends one row, with a right and a helpless completion, through every reward, before a model loads.
+        """Sends one row, with a right and a helpless completion, through every reward, before a model loads; not to the
+        policy as a judge, which is not there yet.
 
         Raises:
             RewardError: with every finding: a gold answer that does not verify against itself, a function that cannot
@@ -133,6 +142,8 @@ class Scorer:
             )
         batch = _Batch(problem, Prompt(problem.question, ()), completions, judged, [{}, {}], strict=True)
         for name, spec in zip(self.names, self._specs, strict=True):
+            if spec == "judge" and self.asks_policy:
+                continue
             try:
                 self._parts(name, spec, batch)
             except RewardError as error:
@@ -141,8 +152,17 @@ class Scorer:
         if findings:
             raise RewardError(findings)
 
-    def score(self, problem: Problem, prompt: Prompt, completions: Sequence[Completion]) -> list[Score]:
+    def score(
+        self,
+        problem: Problem,
+        prompt: Prompt,
+        completions: Sequence[Completion],
+        judgements: Sequence[Judgement] | None = None,
+    ) -> list[Score]:
         """One score per completion, in order.
+
+        Args:
+            judgements: one per completion; needed where the policy is the judge, and only there.
 
         Raises:
             RewardError: a user's function returned something that is no reward, a reward fails too often, or the judge
@@ -150,7 +170,7 @@ class Scorer:
                 counted in ``failures``.
         """
         judged = self._verdicts(problem, completions)
-        batch = _Batch(problem, prompt, completions, judged, [{} for _ in completions])
+        batch = _Batch(problem, prompt, completions, judged, [{} for _ in completions], judgements=judgements)
         columns = [self._parts(name, spec, batch) for name, spec in zip(self.names, self._specs, strict=True)]
         scores = []
         for index, found in enumerate(judged):
@@ -201,8 +221,12 @@ class Scorer:
         return self._user_parts(name, spec, batch)
 
     def _judge_parts(self, name: str, batch: _Batch) -> list[float | None]:
-        texts = [completion.text for completion in batch.completions]
-        judgements = self._judge.grade(batch.problem, texts, self.failures[name], fresh=batch.strict)
+        if self.asks_policy:
+            judgements = batch.judgements
+            assert judgements is not None, "the policy is the judge and was not asked"
+        else:
+            texts = [completion.text for completion in batch.completions]
+            judgements = self._judge.grade(batch.problem, texts, self.failures[name], fresh=batch.strict)
         for judgement, extras in zip(judgements, batch.extras, strict=True):
             self._log(name, [("cached", float(not judgement.asked)), ("tokens", float(judgement.tokens))])
             extras[f"{name}/reply"] = judgement.reply[-_SHOWN:]
@@ -248,6 +272,8 @@ class Scorer:
             limit = self._config.reward_timeout if users else self._config.judge_timeout
             slow = f" ({calls.timed_out} of them took longer than {limit:g} s)" if calls.timed_out else ""
             advice = "mend it, or return None where it has no opinion" if users else "see to its endpoint"
+            if self.asks_policy and not users:
+                advice = "the policy's replies cannot be read: give another --judge-prompt, or --judge-by endpoint"
             raise RewardError(
                 f"reward {spec} failed in {calls.failed} of {calls.made} calls{slow}; {advice}. The first failure: "
                 f"{_told(calls.first)}"

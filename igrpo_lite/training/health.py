@@ -323,11 +323,10 @@ class Health:
             if (self._mean(f"{stage}/accuracy", _HALF) or 0) >= 0.95:
                 continue
             part = self._main_gain(stage)
-            where = f": the gain is in `{part}`" if part else ""
-            text = (
-                f"The reward of the {self._called(stage)} rose by {gain:.2f} within {_HISTORY} steps, their accuracy "
-            )
-            text += f"by {100 * skill:+.1f} points{where}. It may be earned without skill: lower that part's "
+            own = ", the policy's grade of itself" if (part, self._config.judge_by) == ("judge", "policy") else ""
+            where = f": the gain is in `{part}`{own}" if part else ""
+            text = f"The reward of the {self._called(stage)} rose by {gain:.2f} within {_HISTORY} steps, their "
+            text += f"accuracy by {100 * skill:+.1f} points{where}. It may be earned without skill: lower that part's "
             yield Finding("reward-hacking", "warning", f"{text}weight in --reward-weights, and read samples.jsonl.")
             return
 

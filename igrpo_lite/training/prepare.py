@@ -67,8 +67,7 @@ def prepare(config: RunConfig) -> Prepared:
                 f"every {which} prompt is longer than max_prompt_length = {config.max_prompt_length} tokens; raise "
                 "--max-prompt-length"
             )
-        needed = max(check_context(config, prompts, problem) for problem in (train.longest, held_out.longest))
-        prompts.max_length = needed - config.max_completion_length
+        needed = check_context(config, prompts, train.longest, held_out.longest)
         policy = load_policy(config, config.seed, context=needed)
         if config.gradient_checkpointing:
             recompute_activations(policy.model)
@@ -96,6 +95,10 @@ def _prompt_notes(config: RunConfig, prompts: PromptBuilder, dropped: int, dropp
         notes.append(
             f"{' and '.join(cuts)}: rollouts come from a truncated distribution, the loss assumes the full one; its "
             "gradient is biased"
+        )
+    if prompts.judge is not None:
+        notes.append(
+            "the policy is its own judge, as it is at each step: it may learn to please itself; watch the accuracy"
         )
     if stage2_size(config) and config.draft_placement == "multi-turn":
         notes.append("stage 2 continues the draft as a conversation (draft_placement multi-turn)")
