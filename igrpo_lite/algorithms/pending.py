@@ -17,6 +17,8 @@ Part = tuple[Stage, int]
 
 @dataclass(frozen=True, slots=True, order=True)
 class Tag:
+    """Which of a step's requests it is; in their order."""
+
     step: int
     slot: int  # the problem's place in the step
     part: Part
@@ -44,6 +46,7 @@ class Pending:
     choice: DraftChoice | None = None
 
     def seed(self, seed: int, *path: object) -> int:
+        """Of a request or a choice in this place, in a run with ``seed``."""
         return request_seed(seed, self.step, self.slot, self.problem.id, *path)
 
 
