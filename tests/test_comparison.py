@@ -209,6 +209,14 @@ def test_pairs_know_which_problems_were_right():
     assert "different held-out problems" in notes(runs)[0]
 
 
+def test_seeds_that_end_alike_are_no_certainty():
+    alike = [a_run("grpo", 0, 0.4, 0.5), a_run("grpo", 1, 0.4, 0.5)]
+    others = [a_run("igrpo", 0, 0.4, 0.5), a_run("igrpo", 1, 0.4, 0.6)]
+    (note,) = notes([*alike, *others])
+    assert note.startswith("All seeds of grpo ended with the same accuracy")
+    assert notes([alike[0], *others]) == []  # one seed has no interval
+
+
 def test_equal_tokens_are_the_fewest_of_any_method_with_that_seed():
     long, short = a_run("grpo", 0, 0.4, 0.5, 0.6, 0.8), a_run("igrpo", 0, 0.4, 0.7)
     short = Run(**{name: getattr(short, name) for name in Run.__slots__} | {"sampled_tokens": 120})

@@ -211,6 +211,19 @@ def test_eval_command_measures_a_run_against_its_base(run, tmp_path, capsys):
     assert all(line == line.rstrip() for line in out.splitlines())
 
 
+def test_a_run_that_is_not_there_is_no_hub_id(tmp_path, monkeypatch, capsys):
+    (tmp_path / "mine" / "first-run").mkdir(parents=True)
+    (tmp_path / "mine" / "first-run" / "config.yaml").touch()
+    monkeypatch.chdir(tmp_path)
+    for name, hint in (
+        ("mine/first-rnu", "did you mean mine/first-run?"),
+        ("mine/other", "mine holds first-run"),
+        ("runs/none", "runs holds no run"),
+    ):
+        assert main(["eval", name]) == 2
+        assert capsys.readouterr().err == f"error: {name}: no such folder; {hint}\n"
+
+
 def test_only_what_is_asked_for_is_measured(run, tmp_path, capsys):
     folder, _ = run
     output = tmp_path / "results.json"

@@ -206,6 +206,11 @@ def test_rows_without_an_answer_are_counted(tmp_path: Path) -> None:
     assert any("4 rows without a readable gold answer" in line and "and 1 more" in line for line in sets.report.lines())
 
 
+def test_a_row_with_several_gold_answers_is_shown_with_them(tmp_path: Path) -> None:
+    sets = load(data=write(tmp_path / "a.jsonl", [*sums(20), {"question": "d", "answer": [1, 2]}]))
+    assert sets.report.train.unparsed_examples == ["a.jsonl:21 `[1, 2]`"]
+
+
 def test_no_answer_at_all(tmp_path: Path) -> None:
     rows = [{"question": f"q{i}", "answer": "#### "} for i in range(9)]
     finding = refused(data=write(tmp_path / "a.jsonl", rows))[0]

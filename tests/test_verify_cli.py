@@ -108,6 +108,18 @@ def test_what_cannot_be_judged_is_named(
     assert words in err[0]
 
 
+def test_unreadable_rows_are_named_and_may_be_left_out(say: Said, tmp_path: Path) -> None:
+    path = written(tmp_path / "rows.jsonl", ROWS)
+    path.write_text(path.read_text(encoding="utf-8") + "not JSON\n", encoding="utf-8")
+    code, _, err = say(path, *FLAGS)
+    assert code == 2
+    assert "rows.jsonl:6: not JSON" in err[0]
+    assert "--max-bad-rows 1" in err[1]
+    code, out, err = say(path, *FLAGS, "--max-bad-rows", "1")
+    assert (code, err) == (0, [])
+    assert "accuracy of 5 rows" in out
+
+
 def test_a_missing_file_is_named(say: Said, tmp_path: Path) -> None:
     code, _, err = say(tmp_path / "none.jsonl", *FLAGS)
     assert code == 2

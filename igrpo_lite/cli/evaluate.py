@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import difflib
 import sys
 from collections.abc import Callable, Mapping
 from pathlib import Path
@@ -76,7 +77,8 @@ def evaluate(
     else:
         settings["model"] = run_or_model
     resolved, findings = examined(config, settings | UNTRAINED)
-    findings += preflight(resolved) + _adapter_findings(adapter, base, show_flips)
+    findings += _missing_run(run_or_model) or preflight(resolved)
+    findings += _adapter_findings(adapter, base, show_flips)
     findings += _sampling_findings(sample_temperature, sample_top_p)
     counts = {"--samples": samples, "--best-of": best_of, "--few-shot": few_shot, "--show-flips": show_flips}
     findings += [f"{flag}: must be 0 or more, not {count}" for flag, count in counts.items() if count < 0]
@@ -107,6 +109,21 @@ def evaluate(
     print_evaluation(about | comparison.to_json(), _shown(comparison, show_flips))
     if output is not None:
         write_results(output, comparison, about)
+
+
+def _missing_run(text: str) -> list[str]:
+    """A name in the form of a hub id that means a run which is not there: its first part is ``runs``, or holds runs."""
+    path = Path(text)
+    if len(path.parts) != 2 or path.exists():
+        return []
+    runs = sorted(config.parent.name for config in path.parent.glob(f"*/{RUN_CONFIG}"))
+    if not runs and path.parent != Path("runs"):
+        return []
+    near = difflib.get_close_matches(path.name, runs, n=1)
+    hint = (
+        f"did you mean {path.parent / near[0]}?" if near else f"{path.parent} holds {', '.join(runs[:8]) or 'no run'}"
+    )
+    return [f"{text}: no such folder; {hint}"]
 
 
 def _run_notes(run: Path | None, adapter: Path | None, settings: Mapping[str, Any]) -> list[str]:

@@ -55,6 +55,7 @@ def verify(
     math_verify: Annotated[
         bool, Parameter(help="Ask math-verify about what the exact comparison cannot judge.", group=COMMAND)
     ] = True,
+    max_bad_rows: Annotated[int, Parameter(help="Rows that may be unreadable; they are left out.", group=COMMAND)] = 0,
 ) -> int:
     """Judge completions against gold answers and print a table of the verdicts, with strict and lenient accuracy. Exit
     code 3 if a verdict differs from what --expect says."""
@@ -62,7 +63,7 @@ def verify(
 
     if output is not None and not output.absolute().parent.is_dir():
         raise UserError(f"--output {output}: there is no folder {output.parent}")
-    table = read_file(file)
+    table = read_file(file, max_bad_rows)
     _check_columns(table, {"--completion": completion, "--answer": answer, "--expect": expect})
     judged = _judge(table, completion, answer, expect, math_verify)
     _show(judged, expect)

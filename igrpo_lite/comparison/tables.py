@@ -81,7 +81,17 @@ def notes(runs: Sequence[Run]) -> list[str]:
     for name, numbers in versions(runs).items():
         if len(numbers) > 1:
             found.append(f"The runs were made with different versions of {name}: {', '.join(numbers)}.")
+    alike = [method for method, mine in grouped(runs).items() if _all_alike(mine)]
+    if alike:
+        found.append(
+            f"All seeds of {', '.join(alike)} ended with the same accuracy: an interval without width is no certainty, "
+            "more seeds would give it one."
+        )
     return found
+
+
+def _all_alike(mine: Sequence[Run]) -> bool:
+    return len(mine) > 1 and any(len({run.after(measure) for run in mine}) == 1 for measure in MEASURES)
 
 
 def versions(runs: Iterable[Run]) -> dict[str, list[str]]:

@@ -168,7 +168,7 @@ def _problems(
         if not answer:
             report.unparsed += 1
             if len(report.unparsed_examples) < _SHOWN:
-                report.unparsed_examples.append(f"{row.where} {_excerpt(answer_text(value))}")
+                report.unparsed_examples.append(f"{row.where} {_excerpt(value)}")
             continue
         key = question_key(question)
         if key in seen:
@@ -210,7 +210,10 @@ def _further(row: Row, columns: Columns, messages: list[dict[str, str]]) -> dict
     return {"messages": messages, **further} if len(messages) > 1 else further
 
 
-def _excerpt(raw: str | None) -> str:
+def _excerpt(value: Any) -> str:
+    raw = answer_text(value)
+    if raw is None and isinstance(value, list | tuple | dict) and value:
+        raw = f"{value}"  # several answers, or an object without one
     if raw is None:
         return "(empty)"
     line = " ".join(raw.split())
