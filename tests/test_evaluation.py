@@ -78,8 +78,11 @@ def test_samples_the_vote_and_the_best_draft_by_brute_force(parts):
     sampling = Sampling(samples=5, temperature=1.0, top_p=0.9, best_of=3, seed=4)
     evaluation = evaluate(parts.held_out, parts.sampler, parts.prompts, 48, sampling=sampling)
     plain = evaluate(parts.held_out, parts.sampler, parts.prompts, 48)
-    assert [a.single for a in evaluation.answered] == [a.single for a in plain.answered]
-    assert [a.refined for a in evaluation.answered] == [a.refined for a in plain.answered]
+    # Not the last bit of log-probabilities, which on some CPUs depends on the shape of the batch.
+    for mine, other in zip(evaluation.answered, plain.answered, strict=True):
+        for one, two in ((mine.single, other.single), (mine.refined, other.refined)):
+            assert (one.completion.ids, one.verdict) == (two.completion.ids, two.verdict)
+            assert one.completion.logprobs == pytest.approx(two.completion.logprobs, abs=1e-4)
     correct, votes = [], []
     for answered in evaluation.answered:
         problem, first = answered.problem, parts.prompts.first(answered.problem.question)
@@ -161,7 +164,9 @@ def test_pass_rates_are_the_scorers_word_on_samples_that_depend_on_nothing_else(
         config = small_config(max_completion_length=30, seed=9)
         arguments: tuple[Any, ...] = (parts.sampler, parts.prompts, config, 4, scorer.score)
         whole = pass_rates(problems, *arguments)
-        assert pass_rates(problems[3:], *arguments) == whole[3:]
+        for alone, found in zip(pass_rates(problems[3:], *arguments), whole[3:], strict=True):
+            assert [c.ids for c in alone.completions] == [c.ids for c in found.completions]
+            assert (alone.problem, alone.rate, alone.truncated) == (found.problem, found.rate, found.truncated)
     assert [found.problem for found in whole] == problems
     for found in whole:
         right = [verdict(c.text, found.problem.answer, c.truncated).reason == "correct" for c in found.completions]

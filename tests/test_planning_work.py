@@ -32,11 +32,12 @@ from igrpo_lite.planning.work import (
     waves,
 )
 from igrpo_lite.policy.logprobs import RowLayout
-from igrpo_lite.policy.prompting import prompt_builder
+from igrpo_lite.policy.prompting import check_context, prompt_builder
 from igrpo_lite.policy.tree import TokenTree, grow, pack
 from igrpo_lite.sampling import slots, vllm_engine
 from igrpo_lite.sampling.transformers import _PREFILL_TOKENS
 from igrpo_lite.settings import resolve
+from igrpo_lite.types import Problem
 
 sizes = st.tuples(st.integers(1, 4), st.integers(1, 30), st.integers(1, 5), st.integers(1, 20), st.integers(1, 120))
 
@@ -194,3 +195,15 @@ def test_constants_are_the_codes_own():
     assert slots._CAPACITY_STEP == memory.SLOT_STEP
     assert vllm_engine.LORA_RANKS == memory.LORA_RANKS
     assert captured_graphs(256) == 172  # vLLM's log with LoRA: 102 pieces and 70 whole (vllm pull request 40044)
+
+
+def test_the_policy_as_judge_needs_room_for_what_it_reads_and_writes():
+    """The engine's length is what the run itself finds for the bundled model's prompts."""
+    settings = {"reward_funcs": ["accuracy", "judge"], "judge_max_tokens": 200, "max_prompt_length": 120}
+    config = resolve(settings | {"judge_by": "policy", "model": "tiny"})
+    prompts = prompt_builder(config)
+    problem = Problem("0", "How many apples are left? " * 3, "3")
+    real = check_context(config, prompts, problem)
+    spare = config.max_prompt_length - len(prompts.first(problem.question).ids)
+    assert longest(config).sequence == pytest.approx(real + spare, rel=0.2)  # its tokens are shorter
+    assert longest(resolve(settings | {"model": "tiny", "judge_url": "http://localhost:1/v1"})).replies == 0

@@ -12,6 +12,9 @@ from igrpo_lite.defaults import SGRPO_PRESETS
 STAGE2_WORDS = 64
 """Tokens that stage 2 puts around a draft: its template, and turns of the chat template."""
 
+JUDGE_WORDS = 320
+"""Tokens of the judge's own prompt, without question and completion, and of the reminder."""
+
 PARTING = 32
 """T-SPMO: tokens below the prompt within which a completion has parted from the others for good. A guess: at
 temperature 1 completions part early, and a tree holds nothing beyond."""
@@ -19,11 +22,16 @@ temperature 1 completions part early, and a tree holds nothing beyond."""
 
 @dataclass(frozen=True, slots=True)
 class Lengths:
-    """Tokens of a question's prompt, of the draft that stage 2 shows, and of a completion."""
+    """Tokens of a question's prompt, of the draft that stage 2 shows, and of a completion.
+
+    Attributes:
+        replies: what the policy writes as a judge, its second try included; 0 where it is none.
+    """
 
     prompt: int
     draft: int
     completion: int
+    replies: int = 0
 
     @property
     def refined(self) -> int:
@@ -32,9 +40,11 @@ class Lengths:
 
     @property
     def sequence(self) -> int:
-        """The longest sequence; a draft that is tokenised anew may grow by a quarter. Evaluation refines too, so this
-        holds for one stage as well."""
-        return self.refined + self.draft // 4 + self.completion
+        """The longest sequence; what is tokenised anew may grow by a quarter. Evaluation refines too, so this holds for
+        one stage as well."""
+        rollout = self.refined + self.draft // 4 + self.completion
+        judged = self.prompt + JUDGE_WORDS + self.completion + self.completion // 4 + self.replies
+        return max(rollout, judged) if self.replies else rollout
 
 
 @dataclass(frozen=True, slots=True)
@@ -77,7 +87,9 @@ class Batch:
 def longest(config: RunConfig) -> Lengths:
     """What a run's settings allow at most."""
     draft = min(config.max_draft_length or config.max_completion_length, config.max_completion_length)
-    return Lengths(config.max_prompt_length, draft, config.max_completion_length)
+    judges = "judge" in config.reward_funcs and config.judge_by == "policy"
+    replies = 2 * config.judge_max_tokens if judges else 0
+    return Lengths(config.max_prompt_length, draft, config.max_completion_length, replies)
 
 
 def typical(config: RunConfig, completion: int | None = None, prompt: int | None = None) -> Lengths:
