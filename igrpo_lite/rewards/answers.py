@@ -73,7 +73,7 @@ _CLAUSE_END = re.compile(
     "|\\s:-?\\)|[\u2600-\u27bf\u2b00-\u2bff\U0001f000-\U0001faff]"
 )
 _NOTE = re.compile(
-    r"\s\((?=[A-Za-z]{2}|i\.e|e\.g|[^()\n]*=)(?![^()\n]*\b(?:p?mod|base|or|and|remainder|negative|minus)\b)"
+    r"\s\((?=[A-Za-z]{2}|i\.e|e\.g|[^()\n]*=)(?![^()\n]*\b(?:p?mod|base|or|and|remainder|negative|minus|in [a-z]+s)\b)"
 )
 """A bracket after a number that explains it: ``18 (since 9 * 2 = 18)``, not ``5 (mod 7)``."""
 Span = tuple[int, int, int, int]
