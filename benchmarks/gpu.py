@@ -19,7 +19,7 @@ import subprocess
 import sys
 import tempfile
 import time
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from contextlib import suppress
 from dataclasses import asdict, dataclass, field
 from importlib.metadata import PackageNotFoundError, version
@@ -31,6 +31,7 @@ from gpu_common import MARK, Stage, environment, write_atomically
 from gpu_report import line, summary, table
 from gpu_stages import chosen, processes, stages
 from measuring import cpu_model
+from packaging.version import Version
 
 from igrpo_lite.environment.hardware import ask_driver
 from igrpo_lite.versions import installed_versions
@@ -196,11 +197,20 @@ def _hindrance(run: Run, stage: Stage) -> str:
     missing = [package for package in stage.needs if find_spec(package) is None]
     if missing:
         return f"{' and '.join(missing)} not installed"
+    packed = stage.setup is not None and (stage.setup.backend, stage.setup.bits) == ("unsloth", 4)
+    if packed and run.device == "cuda" and _lacks_plugin(run.facts["versions"]):
+        return f"vLLM {run.facts['versions']['vllm']} has no 4-bit weights without vllm-bnb-plugin, not installed"
     if run.device == "cpu" and stage.not_on_cpu:
         return stage.not_on_cpu
     if stage.model and run.results.get(f"models-{stage.model}", {}).get("status") != "done":
         return f"there is no model: see models-{stage.model}"
     return ""
+
+
+def _lacks_plugin(found: Mapping[str, str]) -> bool:
+    """Whether vLLM is one that needs another package for bitsandbytes' weights, which is not there."""
+    installed = found.get("vllm")
+    return installed is not None and Version(installed) >= Version("0.28") and "vllm-bnb-plugin" not in found
 
 
 def _one_process(run: Run, group: list[Stage]) -> list[Stage]:

@@ -1,8 +1,7 @@
 """Every private part of vLLM that igrpo-lite touches, each with the versions it was found in.
 
-Run on 0.28.0, 0.31.0 and 0.32.0 (CPU); read in the sources of 0.26.0. Nothing here is needed for correct samples:
-where a part is not as expected, :class:`Unexpected` is raised, and the sampler takes the public way and says what it
-costs.
+Run on 0.26.0, 0.28.0, 0.31.0 and 0.32.0 (CPU). Nothing here is needed for correct samples: where a part is not as
+expected, :class:`Unexpected` is raised, and the sampler takes the public way and says what it costs.
 """
 
 from __future__ import annotations
