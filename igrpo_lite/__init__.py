@@ -40,15 +40,16 @@ def train(**settings: Any) -> dict[str, Any]:
     return start(config)
 
 
-def verify(text: str, gold: str | float, truncated: bool = False) -> Verdict:
+def verify(text: str | None, gold: str | float | None, truncated: bool = False) -> Verdict:
     """Judge a completion's text against a gold answer, or against a solution that holds one.
 
     See :mod:`igrpo_lite.rewards.answers` for where the answer is looked for and :mod:`igrpo_lite.rewards.equality` for
-    what counts as equal. ``verify(...).reason == "correct"`` is the question mostly asked.
+    what counts as equal. ``verify(...).reason == "correct"`` is the question mostly asked. No text holds no answer,
+    and against no gold answer nothing can be judged (``unparsed``).
     """
     from igrpo_lite.rewards.checker import verify as judge
 
-    return judge(text, str(gold), truncated)
+    return judge("" if text is None else str(text), "" if gold is None else str(gold), truncated)
 
 
 def compare(methods: Sequence[str], **options: Any) -> dict[str, Any]:

@@ -175,6 +175,8 @@ def test_the_package_offers_it_as_a_function():
     assert igrpo_lite.verify("#### 18", "He has 9 + 9.\n#### 18").reason == "correct"
     assert igrpo_lite.verify("it is 18", "18", truncated=True).reason == "truncated"
     assert igrpo_lite.verify(*ASKED[:2]).reason == "correct"
+    assert igrpo_lite.verify(None, "18").reason == "no_answer"
+    assert igrpo_lite.verify("it is 18", None).reason == "unparsed"
 
 
 def python(script: str, *words: str) -> subprocess.CompletedProcess[str]:
