@@ -56,6 +56,18 @@ def test_a_reward_that_pays_for_anything_fails(capsys, tmp_path):
     assert "error: a right answer earns 1.00, no more than something else (2.00)" in out
 
 
+def test_form_that_pays_more_than_the_answer_is_warned_of(capsys):
+    words = ["check", "--no-load-model", "--max-problems", "20", "--reward-funcs", "accuracy", "format"]
+    for weights, told in ((["0.1", "1"], True), (["1", "1"], False), (["1", "0.1"], False)):
+        assert main([*words, "--reward-weights", *weights]) == 0
+        assert ("form may rise while accuracy does not" in capsys.readouterr().out.replace("\n", " ")) == told
+
+
+def test_a_random_reward_is_a_control_and_no_mistake(capsys):
+    assert main(["check", "--no-load-model", "--max-problems", "20", "--reward-funcs", "random"]) == 0
+    assert "a control" in capsys.readouterr().out
+
+
 def test_gold_answers_nobody_can_give_fail(capsys, tmp_path):
     data = tmp_path / "odd.jsonl"
     rows = [{"question": f"What is {n} + 1?", "answer": "}" if n % 8 == 3 else str(n + 1)} for n in range(40)]

@@ -38,6 +38,8 @@ MAX_UNVERIFIED = 0.05
 
 CLIPPED_WARNING, CLIPPED_ERROR = 0.2, 0.5
 FEW_INFORMATIVE = 0.3
+LOPSIDED = 0.5
+"""Share of a right answer's reward that a wrong one may earn by its form; the paper's own rewards give half."""
 _SHOWN = 3
 _WRONG = "987654321"
 
@@ -168,10 +170,17 @@ def check_rewards(problems: Sequence[Problem], scorer: Scorer, config: RunConfig
     others = [reward for name, reward in rewards.items() if name != "right answer" and reward is not None]
     if right is None:
         part.error("every reward abstains on a right answer: nothing draws the model to it; mend the rewards")
+    elif config.reward_funcs == ["random"]:
+        part.warning("the only reward is random, a control: what a run gains with it, it has not learned from answers")
     elif others and right <= max(others):
         part.error(
             f"a right answer earns {right:.2f}, no more than something else ({max(others):.2f}): nothing draws the "
             "model to right answers; mend the rewards or their weights"
+        )
+    elif (wrong := rewards["wrong answer"]) is not None and wrong > LOPSIDED * right > 0:
+        part.warning(
+            f"a wrong answer in the right form earns {wrong:.2f} of the {right:.2f} that a right one does: form may "
+            "rise while accuracy does not; give accuracy more of --reward-weights"
         )
     return part
 
