@@ -122,6 +122,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
             run_all(run, wanted)
         except KeyboardInterrupt:
             print("gpu.sh: interrupted; what was found so far:", file=sys.stderr)
+            return finish(run) or 130
         return finish(run)
 
 
@@ -197,9 +198,12 @@ def _hindrance(run: Run, stage: Stage) -> str:
     missing = [package for package in stage.needs if find_spec(package) is None]
     if missing:
         return f"{' and '.join(missing)} not installed"
+    installed = run.facts["versions"]
+    if run.device == "cpu" and "trl" in stage.needs and Version(installed.get("trl", "0")) < Version("1.16"):
+        return f"TRL {installed.get('trl')} computes its loss with Triton, so on a GPU only"
     packed = stage.setup is not None and (stage.setup.backend, stage.setup.bits) == ("unsloth", 4)
-    if packed and run.device == "cuda" and _lacks_plugin(run.facts["versions"]):
-        return f"vLLM {run.facts['versions']['vllm']} has no 4-bit weights without vllm-bnb-plugin, not installed"
+    if packed and run.device == "cuda" and _lacks_plugin(installed):
+        return f"vLLM {installed['vllm']} has no 4-bit weights without vllm-bnb-plugin, not installed"
     if run.device == "cpu" and stage.not_on_cpu:
         return stage.not_on_cpu
     if stage.model and run.results.get(f"models-{stage.model}", {}).get("status") != "done":

@@ -4,10 +4,10 @@
 set -euo pipefail
 
 root="$(cd "$(dirname "${BASH_SOURCE[0]}")/.." && pwd)"
-if [ -z "${PYTHON:-}" ]; then
-    PYTHON=python3
-    [ -x "$root/.venv/bin/python" ] && PYTHON="$root/.venv/bin/python"
+if [ -z "${PYTHON:-}" ] && [ -x "$root/.venv/bin/python" ]; then
+    PYTHON="$root/.venv/bin/python"
 fi
+PYTHON="${PYTHON:-python3}"
 if ! command -v "$PYTHON" > /dev/null; then
     echo "gpu.sh: there is no $PYTHON here; name one: PYTHON=/path/to/python benchmarks/gpu.sh" >&2
     exit 2

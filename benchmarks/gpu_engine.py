@@ -117,7 +117,7 @@ def smoke(context: Context) -> None:
     if context.on_gpu:
         rest = sizes["allocated"] - sizes["keys and values"] - sizes["adapter"] - sizes["engine's adapter"]
         what = "allocated, without keys, values and adapters"
-        outcome.found.append(Found(what, rest / copy, "copies", 1.1, cost=False))
+        outcome.found.append(Found(what, rest / copy, "copies", 1.1))
 
 
 def parity(context: Context) -> None:
@@ -264,8 +264,8 @@ def _kv_bytes(llm: Any) -> int:
 def _slot_bytes(llm: Any) -> int:
     """vLLM's buffers for adapters."""
     modules = _runner(llm).lora_manager._adapter_manager.modules.values()
-    stacked = [_flat([layer.lora_a_stacked, layer.lora_b_stacked]) for layer in modules]
-    return sum(end - start for start, end in set(_ranges(tensor for some in stacked for tensor in some)))
+    stacked = [getattr(layer, name, ()) for layer in modules for name in ("lora_a_stacked", "lora_b_stacked")]
+    return sum(end - start for start, end in set(_ranges(_flat(stacked))))
 
 
 def _flat(value: Any) -> Iterator[Tensor]:
