@@ -38,8 +38,9 @@ def machine(monkeypatch):
     def described(capability=None, packages=("unsloth", "vllm")):
         gpus = [] if capability is None else [Gpu(0, "a GPU", capability, 15 * GIB, 14 * GIB, "")]
         for module in (backends, unsloth_import):
-            monkeypatch.setattr(module, "gpu_facts", lambda: gpus)
+            monkeypatch.setattr(module, "has_gpu", lambda: bool(gpus))
             monkeypatch.setattr(module, "find_spec", lambda name: name if name in packages else None)
+        monkeypatch.setattr(unsloth_import, "gpu_facts", lambda: gpus)
 
     return described
 
@@ -162,7 +163,7 @@ def test_the_environment(machine, monkeypatch):
     machine((7, 5))
     found = unsloth_import.environment(resolve({"sampler": "auto"}))
     assert found["UNSLOTH_VLLM_STANDBY"] == found["UNSLOTH_VLLM_NO_FLASHINFER"] == "1"
-    assert found["UNSLOTH_VLLM_MERGED_ROLLOUT"] == "0"
+    assert found["UNSLOTH_VLLM_MERGED_ROLLOUT"] == found["VLLM_USE_FLASHINFER_SAMPLER"] == "0"
     assert os.path.isdir(found["UNSLOTH_COMPILE_LOCATION"])
     machine((8, 0))
     monkeypatch.setenv("UNSLOTH_VLLM_STANDBY", "0")

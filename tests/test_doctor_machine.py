@@ -225,6 +225,17 @@ def test_an_old_driver_and_unknown_values(tmp_path, monkeypatch) -> None:
     )
     nvidia_smi(tmp_path, monkeypatch, script)
     assert hardware.gpu_facts() == [hardware.Gpu(0, "NVIDIA GB10", uuid="GPU-1")]
+    assert hardware.has_gpu()
+
+
+def test_a_container_may_have_a_gpu_and_no_nvidia_smi(monkeypatch, tmp_path):
+    monkeypatch.setattr(hardware, "gpu_facts", list)
+    for there in (False, True):
+        path = tmp_path / "nvidia0"
+        if there:
+            path.touch()
+        monkeypatch.setattr(hardware, "_DEVICE", path)
+        assert hardware.has_gpu() == there
 
 
 @pytest.mark.parametrize(

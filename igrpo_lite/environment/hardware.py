@@ -13,6 +13,7 @@ from igrpo_lite.environment.facts import Capability, Driver, Gpu
 
 _SMI_TIMEOUT = 10.0
 _FIELDS = ("index", "name", "uuid", "memory.total", "memory.free", "compute_cap")
+_DEVICE = Path("/dev/nvidia0")
 _WSL_SMI = "/usr/lib/wsl/lib/nvidia-smi"  # not on the path of every WSL distribution
 
 
@@ -49,6 +50,11 @@ def dtype_for(capability: Capability) -> Precision:
 def gpu_facts() -> list[Gpu]:
     """The NVIDIA GPUs of this machine, by ``nvidia-smi``; empty where there are none or the driver does not answer."""
     return list(ask_driver().gpus)
+
+
+def has_gpu() -> bool:
+    """Whether there is an NVIDIA GPU; containers may have its device file and no ``nvidia-smi``."""
+    return bool(gpu_facts()) or _DEVICE.exists()
 
 
 def ask_driver() -> Driver:

@@ -17,7 +17,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal, Protocol
 
 from igrpo_lite.config import ModelOptions
-from igrpo_lite.environment.hardware import gpu_facts
+from igrpo_lite.environment.hardware import has_gpu
 from igrpo_lite.errors import ModelError
 from igrpo_lite.planning.models import hub_id
 from igrpo_lite.planning.shapes import FAST
@@ -115,7 +115,7 @@ def choose(options: ModelOptions) -> Choice:
         return Choice(options.backend)
     if not (options.device == "auto" or options.device.startswith("cuda")) or find_spec("unsloth") is None:
         return Choice("transformers")
-    if not gpu_facts():
+    if not has_gpu():
         return Choice("transformers")
     reason = _unfit(options)
     if reason:

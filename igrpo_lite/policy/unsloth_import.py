@@ -17,7 +17,7 @@ from tempfile import TemporaryDirectory
 from typing import Any
 
 from igrpo_lite.config import ModelOptions
-from igrpo_lite.environment.hardware import gpu_facts
+from igrpo_lite.environment.hardware import gpu_facts, has_gpu
 from igrpo_lite.errors import ModelError
 
 _compiled: TemporaryDirectory[str] | None = None  # until the end of the process
@@ -73,13 +73,15 @@ def environment(options: ModelOptions) -> dict[str, str]:
         needed["UNSLOTH_FORCE_CPU"] = "1"
     if any(gpu.capability is not None and gpu.capability < (8, 0) for gpu in gpu_facts()):
         wishes["UNSLOTH_VLLM_NO_FLASHINFER"] = "1"  # whose kernels need 8.0
+    if find_spec("flashinfer") is None:
+        wishes["VLLM_USE_FLASHINFER_SAMPLER"] = "0"  # which vLLM 0.26 imports unasked
     return needed | {name: os.environ.get(name, value) for name, value in wishes.items()}
 
 
 def vllm_samples(options: ModelOptions) -> bool:
     """Whether vLLM shall be started with the model."""
     wanted = getattr(options, "sampler", "auto") != "transformers"
-    return wanted and options.device != "cpu" and bool(gpu_facts()) and find_spec("vllm") is not None
+    return wanted and options.device != "cpu" and has_gpu() and find_spec("vllm") is not None
 
 
 @contextmanager

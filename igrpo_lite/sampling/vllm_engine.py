@@ -12,11 +12,11 @@ import os
 import random
 import re
 import sys
-import traceback
 import warnings
 from collections.abc import Callable, Iterator
 from contextlib import AbstractContextManager, ExitStack, contextmanager, nullcontext, suppress
 from dataclasses import dataclass, replace
+from importlib.util import find_spec
 from types import ModuleType
 from typing import Any, Literal
 
@@ -26,7 +26,7 @@ import torch
 from packaging.version import InvalidVersion, Version
 
 from igrpo_lite.errors import SamplerError
-from igrpo_lite.policy.relief import make_room, speaks_of_memory
+from igrpo_lite.policy.relief import forget, make_room, speaks_of_memory
 from igrpo_lite.sampling import vllm_internals
 
 FIRST_VERSION, BEFORE_VERSION = "0.26", "0.34"
@@ -166,6 +166,7 @@ def start(options: EngineOptions, config: Any) -> Engine:
     room = kv_cache_bytes(options, config, _kind_of_sleep(vllm.LLM, options) != "no")
     notes: list[str] = []
     llm, error = _try(vllm, options, room)
+    second = None
     if error is not None and speaks_of_memory(error):
         make_room(options.device)
         smaller = _smaller(options, config, room)
@@ -177,7 +178,7 @@ def start(options: EngineOptions, config: Any) -> Engine:
             )
             room, error = smaller, None
     if error is not None:
-        raise SamplerError(_refusal(vllm, options, error, _smaller(options, config, room))) from error
+        raise SamplerError(_refusal(vllm, options, error, second, _smaller(options, config, room))) from error
     _running = Engine(llm, options, room, notes)
     if options.device.type == "cuda" and _running.sleeps == "no":
         notes.append(f"vLLM {vllm.__version__} keeps its memory for keys and values ({_size(room)}) during updates")
@@ -198,7 +199,10 @@ def load_vllm(device: torch.device) -> ModuleType:
         raise SamplerError(
             f"vLLM takes the first visible GPU, not {device}; set CUDA_VISIBLE_DEVICES={device.index} and device cuda"
         )
-    for name, value in (_ENVIRONMENT | (_CPU_ENVIRONMENT if device.type == "cpu" else {})).items():
+    wanted = _ENVIRONMENT | (_CPU_ENVIRONMENT if device.type == "cpu" else {})
+    if find_spec("flashinfer") is None:
+        wanted["VLLM_USE_FLASHINFER_SAMPLER"] = "0"  # which vLLM 0.26 imports unasked
+    for name, value in wanted.items():
         os.environ.setdefault(name, value)
     if os.environ["VLLM_ENABLE_V1_MULTIPROCESSING"] != "0":
         raise SamplerError("VLLM_ENABLE_V1_MULTIPROCESSING is set, but the engine must be in this process; unset it")
@@ -304,7 +308,7 @@ def _try(vllm: ModuleType, options: EngineOptions, room: int) -> tuple[Any, Base
                 vllm_internals.multiply_plain_weights_fast(llm)
             return llm, None
     except Exception as error:
-        traceback.clear_frames(error.__traceback__)
+        forget(error)
         return None, error
     finally:
         torch.set_num_threads = set_num_threads  # vLLM's CPU worker makes it do nothing, for threads it has not bound
@@ -356,11 +360,18 @@ def _smaller(options: EngineOptions, config: Any, room: int) -> int:
     return max(_sequence_bytes(options, config), min(room, most) // 4)
 
 
-def _refusal(vllm: ModuleType, options: EngineOptions, error: BaseException, smallest: int) -> str:
-    """Args: smallest: room for keys and values that was tried last."""
+def _refusal(
+    vllm: ModuleType, options: EngineOptions, error: BaseException, second: BaseException | None, smallest: int
+) -> str:
+    """Args: second: what came of ``smallest`` room for keys and values, where that was tried."""
     said = f"vLLM {vllm.__version__} cannot run model {options.model!r}: {first_line(error)}"
-    if not speaks_of_memory(error):
+    if second is None:
         return f"{said}; the transformers sampler may"
+    if not speaks_of_memory(second):
+        return (
+            f"{said}; no second try was possible in the same process ({first_line(second)}): start again with "
+            f"--kv-cache-gib {smallest / _GIB:.2f}, or use the transformers sampler"
+        )
     return (
         f"{said}; even with only {_size(smallest)} for keys and values: lower --max-num-seqs (now "
         f"{options.max_num_seqs}) to {max(1, options.max_num_seqs // 4)} and --max-completion-length to half, so that "
