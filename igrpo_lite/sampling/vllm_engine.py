@@ -200,8 +200,7 @@ def load_vllm(device: torch.device) -> ModuleType:
             f"vLLM takes the first visible GPU, not {device}; set CUDA_VISIBLE_DEVICES={device.index} and device cuda"
         )
     wanted = _ENVIRONMENT | (_CPU_ENVIRONMENT if device.type == "cpu" else {})
-    if find_spec("flashinfer") is None:
-        wanted["VLLM_USE_FLASHINFER_SAMPLER"] = "0"  # which vLLM 0.26 imports unasked
+    wanted |= {} if find_spec("flashinfer") else {"VLLM_USE_FLASHINFER_SAMPLER": "0"}  # 0.26 imports it unasked
     for name, value in wanted.items():
         os.environ.setdefault(name, value)
     if os.environ["VLLM_ENABLE_V1_MULTIPROCESSING"] != "0":
