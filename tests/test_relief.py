@@ -2,18 +2,27 @@
 
 from __future__ import annotations
 
+import gc
 import json
 import subprocess
 import sys
+import weakref
 from pathlib import Path
+from types import SimpleNamespace
 
 import pytest
 import torch
+from models import make_model
 from tiny_parts import small_config, tiny_parts
 from update_parts import adapter_gradients, assert_same, config_of, restored, rollouts_of, run_update
 
-from igrpo_lite.errors import UpdateError
+from igrpo_lite.errors import ModelError, UpdateError
+from igrpo_lite.policy import loading
+from igrpo_lite.policy import unsloth as unsloth_backend
+from igrpo_lite.policy.backends import LoadRequest
 from igrpo_lite.policy.relief import is_out_of_memory
+from igrpo_lite.sampling import vllm_engine
+from igrpo_lite.settings import resolve
 from igrpo_lite.training import train
 from igrpo_lite.training import update as update_module
 from igrpo_lite.training.update import MAX_OVERFLOWS, PolicyUpdate
@@ -81,6 +90,71 @@ def test_what_counts_as_full_memory():
     with pytest.raises(RuntimeError) as caught:
         torch.empty(1 << 60, dtype=torch.uint8)
     assert is_out_of_memory(caught.value)
+
+
+class Weights:
+    """Stands in for what a failed engine leaves behind."""
+
+
+class Loader:
+    """Fails as Unsloth does: with an error of its own while it handles vLLM's, in whose frames the weights are."""
+
+    def __init__(self, again="No available memory"):
+        self.again = again
+        self.weights = []  # how many of each earlier try are still there
+
+    def from_pretrained(self, **arguments):
+        gc.collect()
+        left = sum(weights() is not None for weights in self.weights)
+        if left or len(self.weights) > 1:
+            raise RuntimeError(f"{left} still there: {self.again}")
+        try:
+            self._start()
+        except ValueError as error:
+            raise RuntimeError(str(error)) from None
+        return make_model("qwen2"), None
+
+    def _start(self):
+        weights = Weights()
+        self.weights.append(weakref.ref(weights))
+        if len(self.weights) == 1:
+            raise ValueError("No available memory for the cache blocks.")
+
+    def get_peft_model(self, base, **arguments):
+        return base
+
+
+@pytest.fixture
+def request_with_vllm(monkeypatch):
+    monkeypatch.setattr(torch.cuda, "mem_get_info", lambda device: (10 * 2**30, 15 * 2**30))
+    monkeypatch.setattr(unsloth_backend, "make_room", lambda device: gc.collect())
+    config = resolve({"kv_cache_gib": 4, "max_num_seqs": 24})
+    return LoadRequest(config, loading._read_config(config), torch.device("cuda"), torch.float16, 3, context=700)
+
+
+def test_the_first_try_is_gone_before_the_second(request_with_vllm):
+    """vLLM refuses to start beside what is left of an engine that sleeps."""
+    loader = Loader()
+    _, notes = unsloth_backend._load(loader, request_with_vllm, fast=True)
+    assert len(loader.weights) == 2
+    assert "runs with a quarter (--kv-cache-gib 1.00)" in notes[0]
+
+
+def test_a_second_try_that_vllm_refuses_tells_to_start_again(request_with_vllm, monkeypatch):
+    """That smaller keys and values do not fit either, nobody knows then."""
+    refusal = "CuMem allocator can only be used for one instance per process."
+    monkeypatch.setattr(unsloth_backend, "forget", lambda error: None)
+    with pytest.raises(ModelError, match=r"No available memory.*one instance.*start again with --kv-cache-gib 1\.00$"):
+        unsloth_backend._load(Loader(refusal), request_with_vllm, fast=True)
+    told = vllm_engine._refusal(
+        SimpleNamespace(__version__="0.31"),
+        SimpleNamespace(model="tiny"),
+        ValueError("No available memory"),
+        AssertionError(refusal),
+        2**30,
+    )
+    assert "start again with --kv-cache-gib 1.00" in told
+    assert "even with" not in told
 
 
 @pytest.fixture(scope="module")

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import gc
+import traceback
 
 import torch
 
@@ -17,6 +18,19 @@ def is_out_of_memory(error: BaseException) -> bool:
 def speaks_of_memory(error: BaseException) -> bool:
     """Whether an engine could not be started for want of memory: vLLM says so in errors of many kinds."""
     return is_out_of_memory(error) or "memory" in str(error).lower()
+
+
+def forget(error: BaseException) -> None:
+    """Clear the frames of a failure, and of those that it followed: what they hold would stay in memory. Unsloth raises
+    an error of its own while it handles vLLM's, whose frames hold the engine."""
+    met: set[int] = set()
+    left: list[BaseException | None] = [error]
+    while left:
+        one = left.pop()
+        if one is not None and id(one) not in met:
+            met.add(id(one))
+            traceback.clear_frames(one.__traceback__)
+            left += [one.__cause__, one.__context__]
 
 
 def make_room(device: torch.device) -> None:

@@ -7,7 +7,6 @@ defaults are others than ours.
 from __future__ import annotations
 
 import os
-import traceback
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
@@ -28,7 +27,7 @@ from igrpo_lite.policy.four_bit import is_packed
 from igrpo_lite.policy.heads import BACKBONE
 from igrpo_lite.policy.loading import adapter_layers, check_model, first_line, linear_names, without_dropout
 from igrpo_lite.policy.plain import quiet as quiet_transformers
-from igrpo_lite.policy.relief import make_room, speaks_of_memory
+from igrpo_lite.policy.relief import forget, make_room, speaks_of_memory
 from igrpo_lite.policy.unsloth_import import prepare, quiet, vllm_samples
 
 _HIDDEN = "UNSLOTH_RETURN_HIDDEN_STATES"
@@ -75,7 +74,8 @@ backend = UnslothBackend()
 
 def _load(loader: Any, request: LoadRequest, fast: bool) -> tuple[Any, tuple[str, ...]]:
     """The adapted model, and what there is to say about it. Where memory runs out at the start of vLLM, its keys and
-    values get a quarter, once: Unsloth itself tries no second time when its engine can sleep."""
+    values get a quarter, once: Unsloth itself tries no second time when its engine can sleep, as vLLM may refuse that
+    while anything of the first is left."""
     arguments = loading_arguments(request, fast)
     model, error = _try(loader, request, arguments)
     if error is None:
@@ -83,15 +83,20 @@ def _load(loader: Any, request: LoadRequest, fast: bool) -> tuple[Any, tuple[str
     said = f"model {request.options.model!r} could not be loaded with Unsloth: {first_line(error)}"
     if not (fast and speaks_of_memory(error)):
         raise ModelError(f"{said}; --backend transformers may") from error
+    forget(error)
     make_room(request.device)
     keys = keys_and_values(request, free_memory(request)) // 4
-    model, error = _try(loader, request, arguments | {"gpu_memory_utilization": memory_share(request, keys)})
+    model, second = _try(loader, request, arguments | {"gpu_memory_utilization": memory_share(request, keys)})
     smaller = f"--kv-cache-gib {keys / 2**30:.2f}"
-    if error is None:
+    if second is None:
         return model, (
             f"vLLM could not have the memory that was meant for keys and values; it runs with a quarter ({smaller}): "
             "fewer sequences decode at the same time",
         )
+    if not speaks_of_memory(second):
+        raise ModelError(
+            f"{said}; no second try was possible in the same process ({first_line(second)}): start again with {smaller}"
+        ) from error
     raise ModelError(
         f"{said}; nor with a quarter of the keys and values ({smaller}): lower --max-num-seqs (now "
         f"{arguments['max_num_seqs']}) to {max(1, arguments['max_num_seqs'] // 4)} and --max-completion-length to "
@@ -100,13 +105,12 @@ def _load(loader: Any, request: LoadRequest, fast: bool) -> tuple[Any, tuple[str
 
 
 def _try(loader: Any, request: LoadRequest, arguments: dict[str, Any]) -> tuple[Any, Exception | None]:
-    """A model, or why there is none. The frames of a failure are cleared: what they hold would stay in memory."""
+    """A model, or why there is none."""
     try:
         with quiet(), quiet_transformers():
             base, _ = loader.from_pretrained(**arguments)
             return loader.get_peft_model(base, **adapter_arguments(request, base)), None
     except Exception as error:
-        traceback.clear_frames(error.__traceback__)
         return None, error
 
 

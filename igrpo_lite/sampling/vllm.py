@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import traceback
 from collections.abc import Iterator, Sequence
 from contextlib import AbstractContextManager, contextmanager, nullcontext
 from pathlib import Path
@@ -15,6 +14,7 @@ from torch import Tensor
 from igrpo_lite.config import ModelOptions, RunConfig
 from igrpo_lite.errors import SamplerError
 from igrpo_lite.policy.loading import Policy, model_path
+from igrpo_lite.policy.relief import forget
 from igrpo_lite.prompts import PromptBuilder
 from igrpo_lite.sampling import vllm_internals
 from igrpo_lite.sampling.base import OnFinished, Poll, Request
@@ -194,7 +194,7 @@ class VllmSampler:
     @contextmanager
     def _letting_go(self) -> Iterator[None]:
         if self.died is not None:
-            traceback.clear_frames(self.died.__traceback__)  # they hold the engine
+            forget(self.died)  # its frames hold the engine
         self._slots.clear()
         self._folder.cleanup()
         with self._without_its_weights():
