@@ -2,7 +2,10 @@
 
 from __future__ import annotations
 
+from types import SimpleNamespace
+
 import pytest
+import torch
 
 from igrpo_lite.planning.gpus import GIB, find_gpu
 from igrpo_lite.planning.suggest import CHOSEN
@@ -62,6 +65,29 @@ def test_keys_and_values_are_given_back_by_the_vllm_that_can(installed, given, m
     assert not card_module.gives_back(unsloth=True)
     monkeypatch.setenv("UNSLOTH_VLLM_STANDBY", "1")
     assert card_module.gives_back(unsloth=True)
+
+
+@pytest.mark.parametrize("device", ["auto", "cuda:0"])
+def test_the_gpu_is_asked_once_cuda_has_been_started(device, monkeypatch):
+    """torch resets no peak before that, and a device with a number does not start it."""
+    started = []
+    card = SimpleNamespace(name="Tesla T4", total_memory=15 * GIB, major=7, minor=5)
+
+    def needs_cuda(found):
+        def asked(given):
+            assert started, "Invalid device argument: did you call init?"
+            return found
+
+        return asked
+
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
+    monkeypatch.setattr(torch.cuda, "get_device_properties", lambda given: started.append(given) or card)
+    monkeypatch.setattr(torch.cuda, "reset_peak_memory_stats", needs_cuda(None))
+    monkeypatch.setattr(torch.cuda, "mem_get_info", needs_cuda((11 * GIB, 15 * GIB)))
+    monkeypatch.setattr(torch.cuda, "memory_reserved", needs_cuda(0))
+    found = gpu_in_use(resolve({"device": device}))
+    assert (found.name, found.capability) == ("T4", (7, 5))
+    assert found.memory_gib == pytest.approx(15 - 4 + 0.6, abs=0.01)
 
 
 def test_what_others_hold_is_not_planned_with():

@@ -50,8 +50,8 @@ def gpu_in_use(config: RunConfig) -> Gpu | None:
         return None
     import torch
 
+    found = torch.cuda.get_device_properties(device)  # first: it starts CUDA, which the others take for granted
     torch.cuda.reset_peak_memory_stats(device)
-    found = torch.cuda.get_device_properties(device)
     whole = gpu_of(found.name, found.total_memory, (found.major, found.minor))
     free, total = torch.cuda.mem_get_info(device)
     return without(whole, total - free - torch.cuda.memory_reserved(device) - CONTEXT)
