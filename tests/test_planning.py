@@ -179,16 +179,25 @@ def test_notes():
     assert [assumed.setup.unsloth, assumed.setup.vllm, assumed.setup.rows] == [True] * 3
     assert any("planned as with Unsloth" in note for note in assumed.notes)
     assert not planned("smollm3-3b", "4090").setup.unsloth
+    assert planned("qwen2-1.5b", "4090", backend="transformers").notes == []
+    judge = {"reward_funcs": ["judge"], "judge_by": "policy", "backend": "transformers"}
+    (context, _) = planned("qwen2.5-math-7b", "4090", max_completion_length=512, judge_max_tokens=1536, **judge).notes
+    assert "to judge, the policy may need 4928; lower judge_max_tokens, " in context
 
 
 def test_a_4_bit_copy_is_planned_in_4_bits():
     copy, packed = planned_as("unsloth/Qwen2-1.5B-Instruct-bnb-4bit"), planned_as("qwen2-1.5b", load_in_4bit=True)
     assert copy.setup.weight_bytes == packed.setup.weight_bytes < planned_as("qwen2-1.5b").setup.weight_bytes
+    for name, values in (("unsloth/Qwen2.5-7B-Instruct-bnb-4bit", {}), ("qwen2.5-7b", {"load_in_4bit": True})):
+        found = plan(resolve({"model": name, **values}), find_model(name), find_gpu("t4"))
+        change = next(change for change in changes(found) if change.flags.startswith("--model"))
+        smaller = change.flags.split()[1]
+        again = plan(resolve({"model": smaller, **values}), find_model(smaller), find_gpu("t4"))
+        assert change.peak == again.peak  # in 16 bits, where it was the copy that was packed
 
 
 def planned_as(model: str, **values: Any) -> Plan:
     return plan(resolve({"model": model, **values}), find_model(model), find_gpu("4090"))
-    assert planned("qwen2-1.5b", "4090").notes == []
 
 
 LLAMA8 = find_model("llama3.1-8b").shape
@@ -301,6 +310,26 @@ def test_plan_takes_a_recipe_and_keeps_what_it_says(capsys):
     found = json.loads(capsys.readouterr().out)
     assert found["load_in_4bit"] is load_file(recipe)["load_in_4bit"] is True
     assert "load_in_4bit" not in found["chosen"]
+
+
+def test_plan_knows_the_policy_as_its_own_judge(capsys, tmp_path):
+    """By flags and by a recipe: its room, which other rewards do not take, and what the time is without."""
+    recipe = tmp_path / "recipe.yaml"
+    recipe.write_text("reward_funcs: [accuracy, judge]\njudge_by: policy\njudge_max_tokens: 3000\n")
+    words = ["plan", "--model", "qwen2.5-1.5b", "--gpu", "t4", "--max-num-seqs", "32", "--json"]
+    judge = ["--reward-funcs", "accuracy,judge", "--judge-max-tokens", "3000"]
+    endpoint, policy = [*judge, "--judge-url", "http://localhost:1/v1"], [*judge, "--judge-by", "policy"]
+    found = []
+    for more in (policy, ["--config", str(recipe)], endpoint, ["--reward-funcs", "mine.py:f"]):
+        main([*words, *more])
+        found.append(json.loads(capsys.readouterr().out))
+    flags, file, asked, own = found
+    room = [plan["phases"]["rollout"]["keys and values"] for plan in found]
+    assert room[0] == room[1] > 1.5 * room[2]
+    assert room[2] == room[3]
+    assert flags["notes"] == file["notes"]
+    assert sum("a grade of up to 3000 tokens" in note for note in flags["notes"]) == 1
+    assert not any("grade" in note for note in asked["notes"] + own["notes"])
 
 
 @pytest.mark.skipif(os.name == "nt", reason="the driver's tool is stood in for by a shell script")

@@ -10,7 +10,7 @@ from typing import Annotated, Any
 from cyclopts import Parameter
 from cyclopts.validators import Number
 
-from igrpo_lite.cli.flags import COMMAND, UNTRAINED, Recipe, checked, settings_flags
+from igrpo_lite.cli.flags import COMMAND, UNTRAINED, Recipe, checked, examined, settings_flags
 from igrpo_lite.cli.models import Json
 from igrpo_lite.cli.recipes import find
 from igrpo_lite.config import RunConfig
@@ -21,7 +21,7 @@ from igrpo_lite.planning.models import Model, find_model
 from igrpo_lite.planning.plan import Change, Plan, changes, plan, prefers_four_bit
 from igrpo_lite.planning.suggest import suggest
 from igrpo_lite.planning.time import BASIS
-from igrpo_lite.planning.work import stage_sizes
+from igrpo_lite.planning.work import longest, stage_sizes
 from igrpo_lite.settings import load_file
 from igrpo_lite.tiny import MODEL_DIR
 
@@ -74,18 +74,24 @@ def settled(
     mean_prompt: int | None = None,
 ) -> tuple[Plan, dict[str, Any]]:
     """The plan of a recipe and flags on a GPU, with the settings of memory that were left open and had to be chosen."""
-    resolved = checked(config, {**settings, **UNTRAINED}, files=False)
+    resolved = checked(config, {**settings, **UNTRAINED, **_judged(config, settings)}, files=False)
     named = {name for name, value in settings.items() if value is not None}
     if config is not None:
         named |= {str(key).replace("-", "_") for key in load_file(find(config))}
     card, model = _found(gpu, resolved)
     chosen: dict[str, Any] = {}
-    if "load_in_4bit" not in named and prefers_four_bit(model, card):
+    if "load_in_4bit" not in named and not model.packed and prefers_four_bit(model, card):
         chosen["load_in_4bit"] = True
         resolved = resolved.model_copy(update=chosen)
     chosen |= suggest(resolved, model, card, keep=named, completion=mean_completion, prompt=mean_prompt)
     made = plan(resolved.model_copy(update=chosen), model, card, completion=mean_completion, prompt=mean_prompt)
     return made, chosen
+
+
+def _judged(config: str | None, settings: Mapping[str, Any]) -> dict[str, Any]:
+    """The policy as its own judge needs room; of rewards nothing else matters to a plan."""
+    asked, _ = examined(config, settings)
+    return {"reward_funcs": ["judge"]} if longest(asked).replies else {}
 
 
 def _found(name: str | None, config: RunConfig) -> tuple[Gpu, Model]:

@@ -181,11 +181,21 @@ def halved(value: int, least: int) -> Iterator[int]:
 
 def _notes(setup: Setup, model: Model) -> Iterator[str]:
     config, shape = setup.config, setup.shape
-    needed = longest(config).sequence - longest(config).draft // 4
-    if needed > shape.context:
+    most = longest(config)
+    if (needed := most.refined + most.completion) > shape.context:
         yield (
             f"the model's context is {shape.context} tokens, but prompt, draft and completion may need {needed}; lower "
             "max_completion_length, max_draft_length or max_prompt_length"
+        )
+    if most.replies:
+        if most.judged > shape.context:
+            yield (
+                f"the model's context is {shape.context} tokens, but to judge, the policy may need {most.judged}; "
+                "lower judge_max_tokens, max_completion_length or max_prompt_length"
+            )
+        yield (
+            "the time is without what the policy writes as a judge: for each completion a grade of up to "
+            f"{config.judge_max_tokens} tokens"
         )
     if setup.unsloth and config.backend == "auto":
         yield (
@@ -234,7 +244,9 @@ def _alternatives(made: Plan) -> Iterator[tuple[str, str, _Tries]]:
     cut = smaller("max_completion_length", 64, kv_cache_gib=None)
     yield "longer completions are cut", "--max-completion-length", cut
     models = sorted((m for m in MODELS if _smaller(m, made.model)), key=lambda m: -m.shape.parameters)
-    yield "another model", "--model", ((other(model=m, kv_cache_gib=None), m.alias) for m in models)
+    packed = setup.four_bit and (config.load_in_4bit or not made.model.packed)  # by the settings, which stay
+    others = ((other(four_bit=packed, model=m, kv_cache_gib=None), m.alias) for m in models)
+    yield "another model", "--model", others
 
 
 def _smaller(model: Model, than: Model) -> bool:

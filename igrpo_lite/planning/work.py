@@ -43,8 +43,12 @@ class Lengths:
         """The longest sequence; what is tokenised anew may grow by a quarter. Evaluation refines too, so this holds for
         one stage as well."""
         rollout = self.refined + self.draft // 4 + self.completion
-        judged = self.prompt + JUDGE_WORDS + self.completion + self.completion // 4 + self.replies
-        return max(rollout, judged) if self.replies else rollout
+        return max(rollout, self.judged + self.completion // 4) if self.replies else rollout
+
+    @property
+    def judged(self) -> int:
+        """What the policy reads and writes as a judge."""
+        return self.prompt + JUDGE_WORDS + self.completion + self.replies
 
 
 @dataclass(frozen=True, slots=True)
