@@ -141,7 +141,7 @@ def machine(gpu: Gpu | None, cuda: str, installed: dict[str, str]) -> Facts:
 
 
 def test_the_doctor_has_nothing_to_say_about_the_versions_of_set_b():
-    pinned = pins("b.txt")
+    pinned = pins("b-cu129.txt")
     rest = {"numpy": "2.3.5", "triton": "3.6.0", "numba": "0.65.0", "huggingface-hub": "1.33.0"}
     rest["flashinfer-python"] = "0.6.14"
     facts = replace(
@@ -177,6 +177,9 @@ def test_what_is_missing_is_said_by_version():
     assert missing("c.txt", {**pins("c.txt"), "torch": "2.13.0+cu130"}) == []
     found = missing("c.txt", {**pins("c.txt"), "torch": "2.10.0+cu126", "peft": ""})
     assert found == ["torch 2.10.0+cu126 instead of 2.13.0", "peft 0.21.2"]
+    windows = pins("c-cu130.txt")
+    assert missing("c-cu130.txt", windows) == []
+    assert missing("c-cu130.txt", windows | {"torch": "2.13.0"}) == ["torch 2.13.0 instead of 2.13.0+cu130"]
 
 
 def test_it_runs_on_the_standard_library_alone():

@@ -129,11 +129,12 @@ def indexes(file: str) -> list[str]:
 
 
 def missing(file: str, installed: Mapping[str, str]) -> list[str]:
-    """What of a set is not installed, or in another version: ``torch 2.10.0 instead of 2.11.0``."""
+    """What of a set is not installed, or in another version: ``torch 2.10.0 instead of 2.11.0``. The build counts where
+    the set names one: Windows' own torch is for CPUs, and the usual one has no code for a V100."""
     found = []
     for package, wanted in pins(file).items():
         there = installed.get(package, "")
-        if there.partition("+")[0] != wanted.partition("+")[0]:
+        if (there if "+" in wanted else there.partition("+")[0]) != wanted:
             found.append(f"{package} {there} instead of {wanted}" if there else f"{package} {wanted}")
     return found
 
