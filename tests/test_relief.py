@@ -186,6 +186,10 @@ def test_in_the_end_activations_are_recomputed(full, collect, monkeypatch):
             update.step(collect("igrpo-joint"), 0, 1e-9)
         assert tried.count(False) > 3  # half, a quarter ...
         assert (update.checkpointing, update.state()["checkpointing"]) == (True, True)
+        assert update.update_tokens == config.update_tokens, "there is room again"
+        asked = PolicyUpdate(full.policy, config_of("igrpo-joint", gradient_checkpointing=True))
+        assert asked.checkpointing
+        assert not asked.state()["checkpointing"], "another GPU may do without"
         assert_same(caught[0], expected)
         model.gradient_checkpointing_disable()
         resumed = PolicyUpdate(full.policy, config)

@@ -226,7 +226,7 @@ class Trainer:
                 f"same rollouts were used again; start with --update-tokens {tokens} to save the lost time",
                 "warning",
             )
-            self._update_tokens = tokens
+        self._update_tokens = tokens
         if self.update.checkpointing and not self._checkpointing:
             self._checkpointing = True
             self.screen.message(

@@ -92,9 +92,9 @@ class PolicyUpdate:
     Every sequence of the learning groups counts in the normaliser; tokens without a gradient are not run. The draft and
     the question stand in the prompt and never learn.
 
-    When memory is full, ``update_tokens`` is halved, and in the end activations are recomputed, and the same rollouts
-    are gone over again: nothing is lost, and the next steps start from there. Weights in float16 learn with a scaled
-    loss; a step whose gradient overflows is skipped, with the scale halved.
+    When memory is full, ``update_tokens`` is halved, and in the end activations are recomputed, which leaves room for
+    more tokens again; the same rollouts are gone over again: nothing is lost, and the next steps start from there.
+    Weights in float16 learn with a scaled loss; a step whose gradient overflows is skipped, with the scale halved.
 
     Attributes:
         update_tokens: in use now; never more than the configuration's.
@@ -151,7 +151,7 @@ class PolicyUpdate:
         if not self._smallest:
             self.update_tokens = max(1, self.update_tokens // 2)
         elif not self.checkpointing and recompute_activations(self.policy.model):
-            self.checkpointing = True
+            self.checkpointing, self.update_tokens = True, self.config.update_tokens
         else:
             advice = "" if self.checkpointing else "set --gradient-checkpointing, "
             raise UpdateError(
@@ -210,7 +210,7 @@ class PolicyUpdate:
         """What a resumed run must know, besides the optimizer: JSON types."""
         return {
             "update_tokens": self.update_tokens,
-            "checkpointing": self.checkpointing,
+            "checkpointing": self.checkpointing and not self.config.gradient_checkpointing,  # settings may change
             "overflows": self.overflows,
             "scaler": self.scaler.state_dict(),
         }
