@@ -8,6 +8,7 @@ import subprocess
 import sys
 import tomllib
 from dataclasses import replace
+from importlib.metadata import PackageNotFoundError
 from pathlib import Path
 
 import pytest
@@ -191,6 +192,16 @@ def test_it_runs_on_the_standard_library_alone():
     )
     done = subprocess.run([sys.executable, "-c", script], capture_output=True, text=True, check=True, cwd=ROOT)
     assert done.stdout.splitlines()[-1] == "[]"
+
+
+def test_in_a_fresh_clone_igrpo_lite_comes_first(monkeypatch, capsys):
+    def nothing(package):
+        raise PackageNotFoundError(package)
+
+    monkeypatch.setattr(module, "version", nothing)
+    monkeypatch.setattr(module, "requires", nothing)
+    assert main(["--install"]) == 2
+    assert "pip install --no-deps ." in capsys.readouterr().out
 
 
 @pytest.fixture

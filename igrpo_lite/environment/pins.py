@@ -147,7 +147,8 @@ def suited(facts: Facts) -> Choice:
 
 
 def main(words: Sequence[str] | None = None) -> int:
-    """Say which set suits this machine and what of it is missing; install it if asked to. 3: nothing suits."""
+    """Say which set suits this machine and what of it is missing; install it if asked to. 3: nothing suits. 2: not
+    even igrpo-lite is installed, so that pip would look for it elsewhere."""
     parser = argparse.ArgumentParser("python -m igrpo_lite.environment.pins", description=main.__doc__)
     parser.add_argument("--install", action="store_true", help="run pip, unless all is there")
     parser.add_argument("--without-vllm", action="store_true", help="set C: slower, but fewer packages to go wrong")
@@ -166,6 +167,9 @@ def main(words: Sequence[str] | None = None) -> int:
     print(choice)
     if not choice.file:
         return 3
+    if not _installed(["igrpo-lite"]):
+        print("igrpo-lite itself comes first: pip install --no-deps . in its folder")
+        return 2
     absent = missing(choice.file, _installed(pins(choice.file)))
     absent += [name for name in _needed() if name not in pins(choice.file) and name not in _installed([name])]
     if not absent:
