@@ -14,6 +14,7 @@ from igrpo_lite.planning.shapes import Shape
 from igrpo_lite.tiny import MODEL_DIR
 
 if TYPE_CHECKING:
+    import torch
     from gpu_worker import Context
 
 # As small as vLLM on a CPU (heads of 32 or more) and 4-bit weights (widths of 64 or more) allow.
@@ -37,7 +38,9 @@ def make(context: Context) -> None:
     shape, folder = shape_for(context.suffix, context.tiny), folder_of(context.scratch, context.suffix)
     aside = folder.with_name(folder.name + ".part")
     shutil.rmtree(aside, ignore_errors=True)
-    parameters = write_model(aside, shape, context.device)
+    import torch
+
+    parameters = write_model(aside, shape, context.device, torch.bfloat16 if context.on_gpu else torch.float32)
     shutil.rmtree(folder, ignore_errors=True)
     aside.rename(folder)
     difference = abs(parameters / shape.parameters - 1)
@@ -45,13 +48,12 @@ def make(context: Context) -> None:
     context.outcome.details |= {"parameters": parameters}
 
 
-def write_model(folder: Path, shape: Shape, device: str) -> int:
-    """Save a random model in 16 bits (on a CPU 32) with its tokenizer; the number of its weights."""
+def write_model(folder: Path, shape: Shape, device: str, dtype: torch.dtype) -> int:
+    """Save a random model with its tokenizer; the number of its weights."""
     import torch
     from transformers import AutoModelForCausalLM
 
     torch.manual_seed(0)
-    dtype = torch.bfloat16 if device == "cuda" else torch.float32
     with torch.device(device):
         model = AutoModelForCausalLM.from_config(config_of(shape), dtype=dtype)
     model.save_pretrained(folder)

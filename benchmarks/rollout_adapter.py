@@ -45,8 +45,8 @@ def measure_push(options: Options) -> dict[str, Any]:
         for push in push_times(policy, sampler, requests, options.sizes.pushes):
             milliseconds["push"].append(push)
             move(merged, generator)
-            milliseconds["merge_unmerge"].append(_timed(partial(_sync_as_trl, merged.model)))
-            milliseconds["transformers"].append(_timed(replica.refresh))
+            milliseconds["merge_unmerge"].append(timed(partial(sync_as_trl, merged.model)))
+            milliseconds["transformers"].append(timed(replica.refresh))
         sampler.close()
         found["models"][name] = {"parameters": parameters(policy), "notes": sampler.notes, "milliseconds": milliseconds}
         merge = spread(milliseconds["merge_unmerge"])["median"]
@@ -89,7 +89,7 @@ def push_times(policy: Policy, sampler: Sampler, requests: Sequence[Request], pu
     for _ in range(pushes):
         sampler.run(requests)
         move(policy, generator)
-        yield _timed(sampler.load_adapter)
+        yield timed(sampler.load_adapter)
 
 
 def _models(options: Options) -> dict[str, str]:
@@ -97,7 +97,7 @@ def _models(options: Options) -> dict[str, str]:
     return {"tiny": "tiny", name: random_model(options.folder, options.sizes.layers, options.sizes.hidden)}
 
 
-def _timed(call: Callable[[], object]) -> float:
+def timed(call: Callable[[], object]) -> float:
     _finish()
     started = time.perf_counter()
     call()
@@ -111,7 +111,7 @@ def _finish() -> None:
         torch.cuda.synchronize()
 
 
-def _sync_as_trl(model: Any) -> None:
+def sync_as_trl(model: Any) -> None:
     """What ``VLLMGeneration.sync_weights`` of TRL 1.16 does to the model that learns."""
     model.merge_adapter()
     model.unmerge_adapter()
@@ -155,7 +155,7 @@ def _their_drift(model: PeftModel, syncs: int) -> dict[str, Any]:
     generator = torch.Generator().manual_seed(0)
     for _ in range(syncs):
         _moved(adapter, generator)
-        _sync_as_trl(model)
+        sync_as_trl(model)
     return _drift(before, model)
 
 

@@ -56,8 +56,8 @@ class UnslothBackend:
                 "backend: this process has an Unsloth model with vLLM already, and it can have one only; start a new "
                 "one (in a notebook: restart the kernel)"
             )
-        self.has_engine = fast
         model, notes = _load(unsloth.FastLanguageModel, request, fast)
+        self.has_engine = fast
         if request.adapter is not None:
             _fill(model, request.adapter)
         inner = model.get_base_model()
