@@ -57,7 +57,7 @@ class UnslothBackend:
                 "one (in a notebook: restart the kernel)"
             )
         model, notes = _load(unsloth.FastLanguageModel, request, fast)
-        self.has_engine = fast
+        self.has_engine = self.has_engine or fast
         if request.adapter is not None:
             _fill(model, request.adapter)
         inner = model.get_base_model()
