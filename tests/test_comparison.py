@@ -280,3 +280,21 @@ def test_the_picture_has_a_line_and_a_band_for_each_method(tmp_path):
         band = 1 - 0.15 * (1 - solid)
         for shade in (solid, band):
             assert bool((np.abs(pixels - shade).max(-1) < 0.01).sum() > 200) is there
+
+
+@pytest.mark.parametrize(
+    "names", [["grpo", "igrpo"], ["grpo", *(f"igrpo+single_stage_share=0.{n}+x" for n in range(5))]]
+)
+@pytest.mark.parametrize("ending", ["", "+draft_placement=multi-turn"])
+def test_the_pictures_legend_fits_its_width(names, ending, tmp_path, monkeypatch):
+    from matplotlib.figure import Figure
+
+    drawn = []
+    monkeypatch.setattr(Figure, "savefig", lambda figure, *_, **__: drawn.append(figure))
+    runs = [a_run(f"{name}{ending if number else ''}", 0, 0.2, 0.3) for number, name in enumerate(names)]
+    draw(a_result(runs), tmp_path / "out.png")
+    (figure,) = drawn
+    figure.draw_without_rendering()
+    box = figure.legends[0].get_window_extent()
+    assert box.x0 >= 0
+    assert box.x1 <= figure.bbox.width

@@ -16,6 +16,9 @@ COLOURS = ("#0072B2", "#D55E00", "#009E73", "#CC79A7", "#E69F00", "#56B4E9", "#0
 
 _MARKERS = "os^Dv*X"
 _DASHES = ("-", "--", ":", "-.")
+_LINE = 120
+"""Characters that fit below both panels; each entry of the legend takes eight beside its name."""
+
 _TITLES = {"single": "Single pass", "refined": "Refined with an own draft"}
 
 
@@ -25,7 +28,7 @@ def draw(result: Mapping[str, Any], path: Path) -> None:
     from matplotlib.figure import Figure
 
     methods = result["table"]
-    columns = 3 if len(methods) > 4 else max(1, len(methods))
+    columns = max(1, min(len(methods), 4 if len(methods) <= 4 else 3, _LINE // (max(map(len, methods), default=0) + 8)))
     height = 4.2 + 0.25 * -(-len(methods) // columns)
     figure = Figure(figsize=(11, height), layout="constrained")
     for axes, measure in zip(figure.subplots(1, 2, sharey=True), MEASURES, strict=True):
