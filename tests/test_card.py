@@ -110,6 +110,12 @@ def test_a_run_that_cannot_fit_is_told_what_would_help():
     assert "may not fit on this GPU; what helps most: --load-in-4bit" in found.notes[-1]
 
 
+def test_the_bundled_model_is_planned_too():
+    found = fitted(resolve({}), find_gpu("t4"))
+    assert found.plan is not None
+    assert found.plan.verdict == "fits"
+
+
 def test_an_unknown_model_is_not_planned_but_trained():
     config = resolve({"model": "someone/unheard-of"})
     found = fitted(config, find_gpu("t4"))

@@ -16,7 +16,7 @@ from igrpo_lite.planning.memory import CONTEXT
 from igrpo_lite.planning.models import find_model
 from igrpo_lite.planning.plan import Plan, changes, plan
 from igrpo_lite.planning.suggest import suggest
-from igrpo_lite.policy.backends import enter
+from igrpo_lite.policy.backends import enter, model_path
 from igrpo_lite.sampling.choice import has_vllm
 
 if TYPE_CHECKING:
@@ -90,7 +90,7 @@ def fitted(config: RunConfig, gpu: Gpu | None) -> Fitted:
     if gpu is None:
         return Fitted(config)
     try:
-        model = find_model(config.model, config.revision)
+        model = find_model(model_path(config.model), config.revision)
     except UserError as error:
         return Fitted(config, (f"memory is not planned: {error.problems[0]}",))
     unsloth = enter(config).name == "unsloth"
