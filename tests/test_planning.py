@@ -52,6 +52,7 @@ def test_the_main_job_fits_a_t4():
 def test_a_card_of_8_gb(gpu, tokens):
     made = chosen("qwen2-1.5b", gpu, four_bit=True, tokens=tokens, **TASK)
     assert made.verdict == "fits"
+    assert made.peak / GIB < 6
 
 
 def test_the_defaults_alone_fit_no_small_card():
