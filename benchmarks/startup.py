@@ -21,6 +21,7 @@ OURS = {
     "igrpo-lite --help": ["--help"],
     "igrpo-lite train --help": ["train", "--help"],
     "igrpo-lite train --dump-config": ["train", "--dump-config"],
+    "igrpo-lite plan": ["plan", "--model", "qwen3-4b", "--gpu", "t4"],
 }
 
 

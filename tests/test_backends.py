@@ -17,6 +17,8 @@ from igrpo_lite import checks
 from igrpo_lite.config import ModelOptions
 from igrpo_lite.environment.facts import Gpu
 from igrpo_lite.errors import ModelError
+from igrpo_lite.planning.models import find_model
+from igrpo_lite.planning.plan import suits_unsloth
 from igrpo_lite.policy import backends, loading, unsloth_import
 from igrpo_lite.policy import unsloth as unsloth_backend
 from igrpo_lite.policy.backends import Choice, LoadRequest, choose, enter, model_path, model_type
@@ -93,6 +95,17 @@ def test_auto_says_why_an_installed_unsloth_is_not_taken(machine, model, setting
 def test_without_a_gpu_or_unsloth_there_is_nothing_to_say(machine, model, capability, packages, device):
     machine(capability, packages)
     assert choose(ModelOptions(model=model(), device=device)) == Choice("transformers")
+
+
+@pytest.mark.parametrize("sampler", ["auto", "vllm", "transformers"])
+@pytest.mark.parametrize("kind", ["qwen2", "llama", "smollm3", "tiny"])
+def test_a_plan_takes_the_back_end_that_a_run_takes(kind, sampler, machine, model):
+    """On a machine that has everything: one rule, told twice because a plan knows no machine."""
+    machine((8, 0))
+    name = kind if kind == "tiny" else model(kind)
+    config = resolve({"model": name, "sampler": sampler})
+    planned = suits_unsloth(config, find_model(model_path(name)))
+    assert planned == (choose(config).name == "unsloth")
 
 
 def test_what_is_asked_for_is_taken(machine):

@@ -85,7 +85,7 @@ def _load(loader: Any, request: LoadRequest, fast: bool) -> tuple[Any, tuple[str
         raise ModelError(f"{said}; --backend transformers may") from error
     forget(error)
     make_room(request.device)
-    keys = keys_and_values(request, free_memory(request)) // 4
+    keys = keys_and_values(request) // 4
     model, second = _try(loader, request, arguments | {"gpu_memory_utilization": memory_share(request, keys)})
     smaller = f"--kv-cache-gib {keys / 2**30:.2f}"
     if second is None:
@@ -138,7 +138,7 @@ def loading_arguments(request: LoadRequest, fast: bool) -> dict[str, Any]:
     }
     if fast:
         arguments |= {
-            "gpu_memory_utilization": memory_share(request, keys_and_values(request, free_memory(request))),
+            "gpu_memory_utilization": memory_share(request, keys_and_values(request)),
             "disable_log_stats": True,
             "max_num_seqs": getattr(options, "max_num_seqs", 128),
         }
@@ -240,10 +240,12 @@ def free_memory(request: LoadRequest) -> int:
     return torch.cuda.mem_get_info(request.device)[0]
 
 
-def keys_and_values(request: LoadRequest, free: int) -> int:
+def keys_and_values(request: LoadRequest) -> int:
     """Bytes for vLLM's keys and values: what was asked for, or a share of what the weights leave free."""
     asked = getattr(request.options, "kv_cache_gib", None)
-    return int(asked * 2**30 if asked is not None else KV_SHARES[True] * max(0, free - _weights(request)))
+    if asked is not None:
+        return int(asked * 2**30)
+    return int(KV_SHARES[True] * max(0, free_memory(request) - _weights(request)))
 
 
 def memory_share(request: LoadRequest, keys: int) -> float:
