@@ -1,4 +1,4 @@
-"""A real HTTP server that speaks the OpenAI chat form, and answers as a test wants it to."""
+"""A real HTTP server that speaks the OpenAI chat form; settings with which the policy is the judge."""
 
 from __future__ import annotations
 
@@ -18,6 +18,15 @@ from igrpo_lite.rewards.judge import Judge, Judgement
 from igrpo_lite.types import Problem
 
 PROBLEM = Problem("p1", "How many?", "7")
+
+SHORT = "{question}\n{completion}\nScore: x"
+JUDGED: dict[str, Any] = {
+    "reward_funcs": "accuracy,judge",
+    "judge_by": "policy",
+    "judge_max_tokens": 12,
+    "judge_prompt": SHORT,
+}
+REPLAY = {"tokens": "t-spmo", "tspmo_replay": 2}
 
 
 @dataclass

@@ -28,9 +28,7 @@ from vllm_parts import (
     shared_sampler,
 )
 
-from igrpo_lite.algorithms.judging import PolicyJudge
 from igrpo_lite.errors import SamplerError
-from igrpo_lite.policy.prompting import check_context, prompt_builder
 from igrpo_lite.sampling import vllm_engine
 from igrpo_lite.sampling.base import Request
 from igrpo_lite.sampling.replica import Replica
@@ -44,9 +42,8 @@ from igrpo_lite.sampling.vllm_engine import (
     lora_rank,
 )
 from igrpo_lite.sampling.vllm_run import _CtrlCLater
-from igrpo_lite.settings import resolve
 from igrpo_lite.training.interrupt import Interrupt
-from igrpo_lite.types import Completion, Problem, Prompt
+from igrpo_lite.types import Completion, Prompt
 
 TOLERANCE = 1e-4  # float32; two implementations that add up in different orders
 
@@ -67,24 +64,6 @@ def unfinished(sampler: VllmSampler) -> int:
 @pytest.mark.parametrize("temperature", [1.0, 0.6, 2.0, 0.0])
 def test_logprobs_are_the_policys_own(sampler, temperature):
     assert gap(sampler, requests(make_prompts(4), 3, temperature=temperature)) < TOLERANCE
-
-
-def test_the_policy_judges_in_vllm_as_it_does_without(sampler):
-    """Grades are requests among others: greedy, with a reminder token by token behind the first reply."""
-    settings = {"reward_funcs": "judge", "judge_by": "policy", "judge_prompt": "{question}\n{completion}\nScore: x"}
-    config = resolve(settings | {"judge_max_tokens": 20, "max_completion_length": 40})
-    prompts, problem = prompt_builder(config), Problem("p", "Ana has 3 pens and buys 4. How many pens has she?", "7")
-    assert check_context(config, prompts, problem) <= MAX_MODEL_LEN
-    texts = ["3+4=7; \\boxed{7}", "3+4=8; \\boxed{8}", "", "3+4=7; \\boxed{7}"]
-    completions = [Completion(tuple(prompts.tokenizer.encode(text)), text, (), "stop") for text in texts]
-    ends = [*sampler.policy.stop_ids, *prompts.end_of_turn()]
-    plain = TransformersSampler(Replica(sampler.policy.model), prompts.tokenizer, ends)
-    found, other = (PolicyJudge(config, prompts).judge(s, problem, completions, 7) for s in (sampler, plain))
-    assert found == other
-    assert [judgement.asked for judgement in found] == [True, True, True, False]
-    assert all("\n" in judgement.reply and judgement.error for judgement in found), (
-        "it cannot grade, also when reminded"
-    )
 
 
 def test_scores_are_the_policys_own_up_to_the_longest_sequence(sampler):
