@@ -9,6 +9,7 @@ never see of each other.
 
 from __future__ import annotations
 
+import warnings
 from collections.abc import Sequence
 from functools import cache
 from typing import TYPE_CHECKING, Any
@@ -29,6 +30,9 @@ QUERY_BLOCK = 128
 
 FLEX_BLOCK = 128
 """Nodes are padded to whole blocks of FlexAttention."""
+
+RECOMPILE_LIMIT = 64
+"""Graphs of FlexAttention that a process may compile: about ten models."""
 
 
 class SdpaTrees:
@@ -110,11 +114,18 @@ class _Spread:
 
 
 class FlexTrees:
-    """Packed trees for FlexAttention (CUDA); nodes padded to whole blocks."""
+    """Packed trees for FlexAttention (CUDA); nodes padded to whole blocks.
+
+    transformers compiles FlexAttention once for a process, and each model adds about six graphs, whatever the trees'
+    sizes. Beyond dynamo's recompile limit (8 by default) attention would run uncompiled, on ``[H, N, N]`` scores. So the
+    limit is raised, and beyond it these trees are computed with SDPA, as ``plan_trees`` then does from the beginning.
+    """
 
     pad = FLEX_BLOCK
+    exhausted = False
 
     def __init__(self, trees: Sequence[TokenTree], device: torch.device) -> None:
+        self.trees, self.device = trees, device
         starts = np.cumsum([0, *map(len, trees)])
         ends = np.concatenate([tree.end + start for tree, start in zip(trees, starts, strict=False)])
         padding = -len(ends) % FLEX_BLOCK
@@ -126,9 +137,24 @@ class FlexTrees:
         self, module: nn.Module, query: Tensor, key: Tensor, value: Tensor, scaling: float | None, **kwargs: Any
     ) -> Tensor:
         """Attention output ``[1, N, H, D]``, as :meth:`SdpaTrees.attend`."""
+        from torch._dynamo.exc import FailOnRecompileLimitHit
         from transformers.integrations.flex_attention import flex_attention_forward
 
-        return flex_attention_forward(module, query, key, value, self.block_mask, scaling=scaling, **kwargs)[0]
+        try:
+            with torch._dynamo.config.patch(recompile_limit=RECOMPILE_LIMIT, fail_on_recompile_limit_hit=True):
+                return flex_attention_forward(module, query, key, value, self.block_mask, scaling=scaling, **kwargs)[0]
+        except FailOnRecompileLimitHit:
+            if not FlexTrees.exhausted:
+                warnings.warn(
+                    f"FlexAttention was compiled {RECOMPILE_LIMIT} times in this process; token trees use SDPA from "
+                    "here on, which is slower: start a new process for further models",
+                    stacklevel=2,
+                )
+            FlexTrees.exhausted = True
+        size = sum(map(len, self.trees))
+        nodes = (part[:, :, :size] for part in (query, key, value))
+        out = SdpaTrees(self.trees, self.device, query.dtype).attend(module, *nodes, scaling=scaling, **kwargs)
+        return pad(out, (0, 0, 0, 0, 0, query.shape[2] - size))
 
 
 def _block_mask(end: Tensor, device: torch.device) -> BlockMask:
@@ -200,6 +226,6 @@ def plan_trees(
         shape: query heads, key heads and their size.
     """
     able = device.type == "cuda" and torch.cuda.get_device_capability(device) >= (8, 0)
-    if able and flex_runs(device, dtype, shape):
+    if able and flex_runs(device, dtype, shape) and not FlexTrees.exhausted:
         return FlexTrees(trees, device)
     return SdpaTrees(trees, device, dtype)
