@@ -27,8 +27,9 @@ from igrpo_lite.policy.four_bit import is_packed
 from igrpo_lite.policy.heads import BACKBONE
 from igrpo_lite.policy.loading import adapter_layers, check_model, first_line, linear_names, without_dropout
 from igrpo_lite.policy.plain import quiet as quiet_transformers
+from igrpo_lite.policy.quiet import quiet
 from igrpo_lite.policy.relief import forget, make_room, speaks_of_memory
-from igrpo_lite.policy.unsloth_import import prepare, quiet, vllm_samples
+from igrpo_lite.policy.unsloth_import import prepare, vllm_samples
 
 _HIDDEN = "UNSLOTH_RETURN_HIDDEN_STATES"
 _GRAPHS = 2**30  # bytes of vLLM's beside weights, keys and values
@@ -107,7 +108,7 @@ def _load(loader: Any, request: LoadRequest, fast: bool) -> tuple[Any, tuple[str
 def _try(loader: Any, request: LoadRequest, arguments: dict[str, Any]) -> tuple[Any, Exception | None]:
     """A model, or why there is none."""
     try:
-        with quiet(), quiet_transformers():
+        with quiet(stdout=True), quiet_transformers():
             base, _ = loader.from_pretrained(**arguments)
             return loader.get_peft_model(base, **adapter_arguments(request, base)), None
     except Exception as error:

@@ -5,12 +5,8 @@ Unsloth brings AGPL-3.0 and LGPL-3.0 code into the process. It is imported only;
 
 from __future__ import annotations
 
-import io
 import os
 import sys
-import warnings
-from collections.abc import Iterator
-from contextlib import contextmanager, redirect_stdout
 from importlib import import_module
 from importlib.util import find_spec
 from tempfile import TemporaryDirectory
@@ -19,6 +15,7 @@ from typing import Any
 from igrpo_lite.config import ModelOptions
 from igrpo_lite.environment.hardware import gpu_facts, has_gpu
 from igrpo_lite.errors import ModelError
+from igrpo_lite.policy.quiet import quiet
 
 _compiled: TemporaryDirectory[str] | None = None  # until the end of the process
 
@@ -39,7 +36,7 @@ def prepare(options: ModelOptions) -> Any:
     for name, value in environment(options).items():
         os.environ[name] = value
     try:
-        with quiet():
+        with quiet(stdout=True):
             return import_module("unsloth")
     except Exception as error:  # whatever it finds wrong with the packages around it
         said = " ".join(str(error).split()) or type(error).__name__
@@ -82,11 +79,3 @@ def vllm_samples(options: ModelOptions) -> bool:
     """Whether vLLM shall be started with the model."""
     wanted = getattr(options, "sampler", "auto") != "transformers"
     return wanted and options.device != "cpu" and has_gpu() and find_spec("vllm") is not None
-
-
-@contextmanager
-def quiet() -> Iterator[None]:
-    """Keep Unsloth from writing across our own screen."""
-    with warnings.catch_warnings(), redirect_stdout(io.StringIO()):
-        warnings.simplefilter("ignore")
-        yield

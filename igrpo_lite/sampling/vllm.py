@@ -208,7 +208,7 @@ class VllmSampler:
         with set_aside(model, self.policy.device) if beside else nullcontext():
             self.engine: Engine = start(self._options, model.config)
             self.engine.around_close = self._letting_go
-            self.notes = list(self.engine.notes)
+            self.notes = self.engine.notes
             if self._options.share_base:
                 self._share(model)
         try:
@@ -221,7 +221,7 @@ class VllmSampler:
             raise
 
     def _warm_up(self) -> None:
-        """One token: some of what vLLM cannot do shows in its first step only."""
+        """One token, and one sleep: some of what vLLM cannot do shows only then."""
         counts = self.decode_steps, self.sampled_tokens, self.prefill_tokens, self.cached_tokens
         try:
             self.run([Request(Prompt("", (self.stop_ids[0],)), 0, 1, 0.0)])
@@ -230,6 +230,8 @@ class VllmSampler:
             raise SamplerError(
                 f"vLLM cannot run model {self._options.model!r}: {first_line(cause)}; the transformers sampler may"
             ) from cause
+        self.sleep()
+        self.wake()
         self.decode_steps, self.sampled_tokens, self.prefill_tokens, self.cached_tokens = counts
 
     def _share(self, model: Any) -> None:

@@ -7,12 +7,9 @@ number generators, ``torch.set_num_threads``, messages on the screen); :func:`st
 from __future__ import annotations
 
 import gc
-import logging
 import os
 import random
 import re
-import sys
-import warnings
 from collections.abc import Callable, Iterator
 from contextlib import AbstractContextManager, ExitStack, contextmanager, nullcontext, suppress
 from dataclasses import dataclass, replace
@@ -26,6 +23,7 @@ import torch
 from packaging.version import InvalidVersion, Version
 
 from igrpo_lite.errors import SamplerError
+from igrpo_lite.policy.quiet import quiet
 from igrpo_lite.policy.relief import forget, make_room, speaks_of_memory
 from igrpo_lite.sampling import vllm_internals
 
@@ -97,15 +95,24 @@ class Engine:
         self.sleeps = _kind_of_sleep(type(llm), options)
 
     def sleep(self) -> None:
-        """Give back what can be: on CUDA keys and values, and the weights too unless the policy uses them."""
+        """Release memory, on CUDA: the KV cache, and the weights too unless the policy uses them. Where vLLM refuses, go on
+        without it, with a note."""
         if self.llm is None or self.sleeps == "no" or self.asleep:
             return
-        if self.sleeps == "all":
-            self.llm.sleep(level=1)
-        else:
-            self.llm.sleep(level=0)
-            self.llm.release_kv_cache_memory()
-        self.asleep = True
+        try:
+            with preserved_rng(self.options.device):
+                vllm_internals.empty(self.llm)
+            if self.sleeps == "all":
+                self.llm.sleep(level=1)
+            else:
+                vllm_internals.release_kv_cache(self.llm)
+            self.asleep = True
+        except vllm_internals.Unexpected as error:
+            self.sleeps = "no"
+            self.notes.append(
+                f"vLLM keeps its KV cache in memory during updates ({error}); if an update runs out of memory, set a "
+                "smaller --kv-cache-gib"
+            )
 
     def wake(self) -> None:
         """Take it again; the prefix cache is empty then."""
@@ -205,7 +212,7 @@ def load_vllm(device: torch.device) -> ModuleType:
         os.environ.setdefault(name, value)
     if os.environ["VLLM_ENABLE_V1_MULTIPROCESSING"] != "0":
         raise SamplerError("VLLM_ENABLE_V1_MULTIPROCESSING is set, but the engine must be in this process; unset it")
-    with _quiet():
+    with quiet():
         try:
             import vllm
 
@@ -298,7 +305,7 @@ def _try(vllm: ModuleType, options: EngineOptions, room: int) -> tuple[Any, Base
     set_num_threads = torch.set_num_threads
     try:
         with ExitStack() as stack:
-            stack.enter_context(_quiet())
+            stack.enter_context(quiet())
             stack.enter_context(preserved_rng(options.device, everything=True))
             if options.device.type == "cpu" and options.share_base:
                 stack.enter_context(vllm_internals.plain_cpu_weights())
@@ -390,31 +397,3 @@ def first_line(error: BaseException) -> str:
 
 def _size(count: int) -> str:
     return f"{count / _GIB:.2f} GiB" if count >= _GIB / 10 else f"{count / 2**20:.1f} MiB"
-
-
-@contextmanager
-def _quiet() -> Iterator[None]:
-    """Keep vLLM's start from writing across our own screen, unless VLLM_LOGGING_LEVEL asks for more than errors.
-
-    Some of it comes from C++, so the file descriptor itself is turned away.
-    """
-    if os.environ.get("VLLM_LOGGING_LEVEL", "ERROR") != "ERROR":
-        yield
-        return
-    triton = logging.getLogger("torch._library.triton")
-    level = triton.level
-    triton.setLevel(logging.ERROR)
-    sys.stderr.flush()
-    kept = os.dup(2)
-    nowhere = os.open(os.devnull, os.O_WRONLY)
-    os.dup2(nowhere, 2)
-    try:
-        with warnings.catch_warnings():
-            warnings.simplefilter("ignore")
-            yield
-    finally:
-        sys.stderr.flush()
-        os.dup2(kept, 2)
-        os.close(kept)
-        os.close(nowhere)
-        triton.setLevel(level)

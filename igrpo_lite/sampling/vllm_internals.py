@@ -17,6 +17,7 @@ from torch import Tensor, nn
 from igrpo_lite.sampling.vllm_policy import base_parameters
 
 _FEW_ROWS = 4  # below it, MKL is as fast
+_LAST_STEPS = 16  # 2 are enough: the batch that is under way, and one that clears the finished ids
 
 
 class Unexpected(Exception):
@@ -77,6 +78,42 @@ def runs_transformers_code(llm: Any) -> bool:
     0.31: such a class then refuses to run outside vLLM (``'Olmo2Model' object has no attribute 'do_not_compile'``).
     """
     return type(_runner(llm).model).__module__.startswith("vllm.model_executor.models.transformers")
+
+
+def empty(llm: Any) -> None:
+    """Step the engine until its scheduler and its batch queue hold nothing of the last requests.
+
+    The scheduler keeps the ids of finished requests until one more step, and with asynchronous scheduling (vLLM's default
+    on a GPU) the step after the last is under way already. 0.31, 0.32: ``release_kv_cache_memory`` refuses until then.
+
+    Raises:
+        Unexpected: it does not become empty, or cannot be looked into.
+    """
+    try:
+        core = llm.llm_engine.engine_core.engine_core
+        for _ in range(_LAST_STEPS):
+            if not core.scheduler.has_requests() and not core.batch_queue:
+                return
+            llm.llm_engine.step()
+    except AttributeError as error:
+        raise Unexpected(f"its scheduler: {error}") from error
+    raise Unexpected("its scheduler does not become empty")
+
+
+def release_kv_cache(llm: Any) -> None:
+    """Pause an empty engine and release its KV cache's memory, until ``llm.wake_up()``. 0.31, 0.32.
+
+    Raises:
+        Unexpected: vLLM refuses; the engine goes on as before.
+    """
+    llm.sleep(level=0)
+    try:
+        llm.release_kv_cache_memory()
+    except RuntimeError as error:
+        if "release_kv_cache_memory() requires" not in str(error):  # it failed on the way
+            raise
+        llm.wake_up(tags=["scheduling"])
+        raise Unexpected(str(error)) from error
 
 
 def shut_down(llm: Any) -> None:
