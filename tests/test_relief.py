@@ -118,7 +118,7 @@ class Loader:
         weights = Weights()
         self.weights.append(weakref.ref(weights))
         if len(self.weights) == 1:
-            raise ValueError("No available memory for the cache blocks.")
+            raise torch.OutOfMemoryError("CUDA out of memory.")
 
     def get_peft_model(self, base, **arguments):
         return base
@@ -137,14 +137,14 @@ def test_the_first_try_is_gone_before_the_second(request_with_vllm):
     loader = Loader()
     _, notes = unsloth_backend._load(loader, request_with_vllm, fast=True)
     assert len(loader.weights) == 2
-    assert "runs with a quarter (--kv-cache-gib 1.00)" in notes[0]
+    assert "runs with --kv-cache-gib 1.00" in notes[0]
 
 
 def test_a_second_try_that_vllm_refuses_tells_to_start_again(request_with_vllm, monkeypatch):
     """That smaller keys and values do not fit either, nobody knows then."""
     refusal = "CuMem allocator can only be used for one instance per process."
     monkeypatch.setattr(unsloth_backend, "forget", lambda error: None)
-    with pytest.raises(ModelError, match=r"No available memory.*one instance.*start again with --kv-cache-gib 1\.00$"):
+    with pytest.raises(ModelError, match=r"out of memory.*one instance.*start again with --kv-cache-gib 1\.00$"):
         unsloth_backend._load(Loader(refusal), request_with_vllm, fast=True)
     told = vllm_engine._refusal(
         SimpleNamespace(__version__="0.31"),

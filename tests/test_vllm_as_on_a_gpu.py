@@ -1,7 +1,7 @@
-"""The vLLM sampler under a GPU's conditions: asynchronous scheduling, memory released around updates, redirected output.
+"""The vLLM sampler under a GPU's conditions: asynchronous scheduling, released memory, redirected output.
 
-vLLM's CPU and GPU builds hold the same Python, so its scheduler refuses here what it refuses there. The executor's calls
-are real; the CPU worker, which cannot release memory, overwrites the KV cache instead.
+vLLM's CPU and GPU builds hold the same Python, so its scheduler refuses here what it refuses there. The executor's
+calls are real; the CPU worker, which cannot release memory, overwrites the KV cache instead.
 """
 
 from __future__ import annotations

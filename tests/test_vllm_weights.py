@@ -7,6 +7,7 @@ from collections.abc import Callable, Iterable, Iterator
 from contextlib import contextmanager, nullcontext
 from typing import Any
 
+import psutil
 import pytest
 import torch
 from peft import LoraConfig, get_peft_model
@@ -319,6 +320,21 @@ def test_weights_that_were_set_aside_come_back_as_they_were():
         replaced.data = block
     assert fingerprint(model) == frozen
     assert replaced.data_ptr() == block.data_ptr(), "the engine's from now on"
+
+
+def test_weights_that_do_not_fit_into_main_memory_stay_where_they_are(monkeypatch):
+    model = make_model("llama")
+    before = {name: p.data_ptr() for name, p in base_parameters(model).items()}
+    memory = psutil.virtual_memory()
+    size = sum(p.numel() * p.element_size() for p in base_parameters(model).values())
+    monkeypatch.setattr(psutil, "virtual_memory", lambda: memory._replace(available=size))
+    said = r"0\.0 GiB of weights .* only 0\.0 GiB of it are free: .*--sampler transformers"
+    with pytest.raises(SamplerError, match=said), set_aside(model, torch.device("cpu")):
+        pytest.fail("they were moved")
+    assert {name: p.data_ptr() for name, p in base_parameters(model).items()} == before
+    monkeypatch.setattr(psutil, "virtual_memory", lambda: memory._replace(available=2 * size))
+    with set_aside(model, torch.device("cpu")):
+        pass
 
 
 @pytest.mark.parametrize(

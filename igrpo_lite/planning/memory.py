@@ -160,7 +160,7 @@ def phases(setup: Setup) -> tuple[Phase, ...]:
     engine = _engine(setup)
     kv, own = setup.kv_cache_bytes, 0 if setup.config.share_weights or not setup.vllm else weights
     sampling = _sampling(setup)
-    loading = sampling if setup.vllm else _unpacked(setup)
+    loading = sampling if setup.vllm else _unpacked(setup.shape, setup.item, setup.four_bit)
     asleep = {"keys and values": 0 if setup.given_back or own else kv} if setup.vllm else {}
     found = activations(
         setup.shape,
@@ -179,7 +179,7 @@ def phases(setup: Setup) -> tuple[Phase, ...]:
             weights,
             16 * adapter,
             {**engine, **asleep, "head": found.peak - block},
-            block + _unpacked(setup),
+            block + _unpacked(setup.shape, setup.item, setup.four_bit),
             "activations",
         ),
     )
@@ -237,30 +237,50 @@ def _phase(
     return Phase(name, {part: size for part, size in parts.items() if size})
 
 
+def engine_memory(
+    shape: Shape, item: int, four_bit: bool, *, rank: int, max_num_seqs: int, prompt_tokens: int = PREFILL
+) -> dict[str, int]:
+    """Bytes that vLLM takes beside weights and KV cache: its copy of the adapter, for every layer that could have one,
+    its CUDA graphs, and working memory for the prompts' forward pass or for drawing tokens, whichever is more."""
+    room = next((known for known in LORA_RANKS if known >= rank), LORA_RANKS[-1])
+    prompts = prompt_tokens * item * (4 * shape.hidden + 3 * shape.intermediate)
+    return {
+        "vLLM's LoRA": shape.lora_parameters(room) * item,
+        "graphs": captured_graphs(max_num_seqs) * GRAPH,
+        "working memory": max(prompts, max_num_seqs * shape.vocab * LOGITS["vllm"]) + _unpacked(shape, item, four_bit),
+    }
+
+
 def _engine(setup: Setup) -> dict[str, int]:
-    """What vLLM holds all the time, beside weights: its copy of the adapter, for every layer that could have one, and
-    its graphs."""
+    """What vLLM holds all the time, beside weights and KV cache."""
     if not setup.vllm:
         return {}
-    rank = next((rank for rank in LORA_RANKS if rank >= setup.config.lora_r), LORA_RANKS[-1])
-    copies = setup.shape.lora_parameters(rank) * setup.item
-    return {"vLLM's LoRA": copies, "graphs": captured_graphs(setup.config.max_num_seqs) * GRAPH}
+    parts = _vllm(setup, setup.config.max_num_seqs)
+    return {part: size for part, size in parts.items() if part != "working memory"}
+
+
+def _vllm(setup: Setup, sequences: int, prompt_tokens: int = PREFILL) -> dict[str, int]:
+    """:func:`engine_memory` of a plan."""
+    rank = setup.config.lora_r
+    return engine_memory(
+        setup.shape, setup.item, setup.four_bit, rank=rank, max_num_seqs=sequences, prompt_tokens=prompt_tokens
+    )
 
 
 def _sampling(setup: Setup) -> int:
     """Working memory of sampling: the prompts' forward pass, or drawing tokens, whichever is more."""
     shape, item, config = setup.shape, setup.item, setup.config
+    sequences = min(config.max_num_seqs, max(config.eval_size, config.prompts_per_step * sum(stage_sizes(config))))
     if setup.vllm:
         large = setup.gpu.memory_gib >= 70 and "a100" not in setup.gpu.name.lower()
-        prompts = (2 if large else 1) * PREFILL * item * (4 * shape.hidden + 3 * shape.intermediate)
-    else:
-        width = min(longest(config).refined, setup.sequence_tokens)
-        prompts = max(PREFILL, width) * prompt_working(shape, item)
-    sequences = min(config.max_num_seqs, max(config.eval_size, config.prompts_per_step * sum(stage_sizes(config))))
-    drawing = sequences * shape.vocab * LOGITS["vllm" if setup.vllm else "transformers"]
-    return max(prompts, drawing) + _unpacked(setup)
+        return _vllm(setup, sequences, (2 if large else 1) * PREFILL)["working memory"]
+    width = min(longest(config).refined, setup.sequence_tokens)
+    prompts = max(PREFILL, width) * prompt_working(shape, item)
+    return max(prompts, sequences * shape.vocab * LOGITS["transformers"]) + _unpacked(
+        setup.shape, setup.item, setup.four_bit
+    )
 
 
-def _unpacked(setup: Setup) -> int:
+def _unpacked(shape: Shape, item: int, four_bit: bool) -> int:
     """The largest linear layer in 16 bits, which a packed one is turned into whenever it is used."""
-    return setup.item * max(linear.weights for linear in setup.shape.linears) if setup.four_bit else 0
+    return item * max(linear.weights for linear in shape.linears) if four_bit else 0

@@ -14,9 +14,9 @@ from typing import TextIO
 
 @contextmanager
 def quiet(stdout: bool = False) -> Iterator[None]:
-    """Silence warnings and file descriptor 2 (some messages come from C++), unless VLLM_LOGGING_LEVEL asks for more than
-    errors. ``sys.stdout`` has a file descriptor inside in any case: vLLM duplicates it for every process group, and the
-    stream of an old notebook kernel has none.
+    """Silence warnings and file descriptor 2 (some messages come from C++), unless VLLM_LOGGING_LEVEL asks for more
+    than errors. ``sys.stdout`` has a file descriptor inside in any case: vLLM duplicates it for every process group,
+    and the stream of an old notebook kernel has none.
 
     Args:
         stdout: silence ``sys.stdout`` too.
@@ -35,7 +35,7 @@ def quiet(stdout: bool = False) -> Iterator[None]:
 
 @cache
 def _nowhere() -> TextIO:
-    """The null device. Never closed: a log handler made meanwhile, like vLLM's at its first import, keeps the stream."""
+    """The null device, never closed: a log handler made meanwhile, like vLLM's at its first import, keeps it."""
     return open(os.devnull, "w", encoding="utf-8")
 
 

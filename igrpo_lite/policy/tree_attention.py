@@ -117,8 +117,8 @@ class FlexTrees:
     """Packed trees for FlexAttention (CUDA); nodes padded to whole blocks.
 
     transformers compiles FlexAttention once for a process, and each model adds about six graphs, whatever the trees'
-    sizes. Beyond dynamo's recompile limit (8 by default) attention would run uncompiled, on ``[H, N, N]`` scores. So the
-    limit is raised, and beyond it these trees are computed with SDPA, as ``plan_trees`` then does from the beginning.
+    sizes. Beyond dynamo's recompile limit (8 by default) attention would run uncompiled, on ``[H, N, N]`` scores. So
+    the limit is raised, and beyond it these trees are computed with SDPA, as ``plan_trees`` then does at once.
     """
 
     pad = FLEX_BLOCK

@@ -20,7 +20,7 @@ from torch import Tensor, nn
 
 from igrpo_lite.config import ModelOptions
 from igrpo_lite.errors import ModelError
-from igrpo_lite.planning.memory import KV_SHARES, weight_bytes
+from igrpo_lite.planning.memory import KV_SHARES, engine_memory, weight_bytes
 from igrpo_lite.planning.shapes import shape_of
 from igrpo_lite.policy.backends import Loaded, LoadRequest, model_path
 from igrpo_lite.policy.four_bit import is_packed
@@ -32,7 +32,7 @@ from igrpo_lite.policy.relief import forget, make_room, speaks_of_memory
 from igrpo_lite.policy.unsloth_import import prepare, vllm_samples
 
 _HIDDEN = "UNSLOTH_RETURN_HIDDEN_STATES"
-_GRAPHS = 2**30  # bytes of vLLM's beside weights, keys and values
+_MOST = 0.9  # share of the free memory
 
 
 class UnslothBackend:
@@ -74,9 +74,10 @@ backend = UnslothBackend()
 
 
 def _load(loader: Any, request: LoadRequest, fast: bool) -> tuple[Any, tuple[str, ...]]:
-    """The adapted model, and what there is to say about it. Where memory runs out at the start of vLLM, its keys and
-    values get a quarter, once: Unsloth itself tries no second time when its engine can sleep, as vLLM may refuse that
-    while anything of the first is left."""
+    """The adapted model, and what there is to say about it. Where vLLM does not start for want of memory, it is tried once
+    more: with a larger share where it says that its share is too small for any KV cache, else with a quarter of the KV
+    cache. Unsloth itself tries no second time when its engine can sleep, as vLLM may refuse that while anything of the
+    first is left."""
     arguments = loading_arguments(request, fast)
     model, error = _try(loader, request, arguments)
     if error is None:
@@ -86,23 +87,36 @@ def _load(loader: Any, request: LoadRequest, fast: bool) -> tuple[Any, tuple[str
         raise ModelError(f"{said}; --backend transformers may") from error
     forget(error)
     make_room(request.device)
-    keys = keys_and_values(request) // 4
-    model, second = _try(loader, request, arguments | {"gpu_memory_utilization": memory_share(request, keys)})
-    smaller = f"--kv-cache-gib {keys / 2**30:.2f}"
-    if second is None:
-        return model, (
-            f"vLLM could not have the memory that was meant for keys and values; it runs with a quarter ({smaller}): "
-            "fewer sequences decode at the same time",
-        )
-    if not speaks_of_memory(second):
-        raise ModelError(
-            f"{said}; no second try was possible in the same process ({first_line(second)}): start again with {smaller}"
-        ) from error
+    keys, share = keys_and_values(request), arguments["gpu_memory_utilization"]
+    if asks_for_more(error):
+        again, change = memory_share(request, keys, 2 * beside(request)), "a larger share of it"
+        note = "it needs more beside its KV cache than planned"
+    else:
+        keys //= 4
+        again, change = memory_share(request, keys, beside(request)), f"--kv-cache-gib {keys / 2**30:.2f}"
+        note = "the planned KV cache did not fit, and with a smaller one fewer sequences decode at the same time"
+    fewer = max(1, arguments["max_num_seqs"] // 4)
+    advice = f"lower --max-num-seqs (now {arguments['max_num_seqs']}) to {fewer}"
+    if again != share:
+        model, second = _try(loader, request, arguments | {"gpu_memory_utilization": again})
+        if second is None:
+            return model, (f"vLLM runs with {change} ({share:.0%} of the free memory before, {again:.0%} now): {note}",)
+        if not speaks_of_memory(second):
+            flags = f"--max-num-seqs {fewer}" if asks_for_more(error) else change
+            raise ModelError(
+                f"{said}; no second try was possible in the same process ({first_line(second)}): start again with "
+                f"{flags}"
+            ) from error
+        said += f"; nor with {change}"
     raise ModelError(
-        f"{said}; nor with a quarter of the keys and values ({smaller}): lower --max-num-seqs (now "
-        f"{arguments['max_num_seqs']}) to {max(1, arguments['max_num_seqs'] // 4)} and --max-completion-length to "
-        "half, or see igrpo-lite plan for a model that fits; --sampler transformers does without vLLM"
+        f"{said}: {advice} and --max-completion-length to half, or see igrpo-lite plan for a model that fits; --sampler "
+        "transformers does without vLLM"
     ) from error
+
+
+def asks_for_more(error: BaseException) -> bool:
+    """Whether vLLM found no room for a KV cache in its share of the memory, in which case a smaller KV cache is no cure."""
+    return "Try increasing `gpu_memory_utilization`" in str(error)
 
 
 def _try(loader: Any, request: LoadRequest, arguments: dict[str, Any]) -> tuple[Any, Exception | None]:
@@ -123,7 +137,7 @@ def loading_arguments(request: LoadRequest, fast: bool) -> dict[str, Any]:
         "model_name": str(Path(path).resolve()) if Path(path).is_dir() else path,
         "max_seq_length": _context(request),  # longer rows would be cut
         "dtype": request.dtype,
-        "load_in_4bit": options.load_in_4bit or is_packed(request.config),
+        "load_in_4bit": _is_four_bit(request),
         "load_in_8bit": False,
         "load_in_16bit": False,
         "full_finetuning": False,
@@ -139,7 +153,7 @@ def loading_arguments(request: LoadRequest, fast: bool) -> dict[str, Any]:
     }
     if fast:
         arguments |= {
-            "gpu_memory_utilization": memory_share(request, keys_and_values(request)),
+            "gpu_memory_utilization": memory_share(request, keys_and_values(request), beside(request)),
             "disable_log_stats": True,
             "max_num_seqs": getattr(options, "max_num_seqs", 128),
         }
@@ -249,11 +263,22 @@ def keys_and_values(request: LoadRequest) -> int:
     return int(KV_SHARES[True] * max(0, free_memory(request) - _weights(request)))
 
 
-def memory_share(request: LoadRequest, keys: int) -> float:
-    """Share of the free memory for vLLM: the weights, which are the policy's too, and ``keys`` and values."""
-    return min(0.9, max(0.1, (_weights(request) + keys + _GRAPHS) / free_memory(request)))
+def beside(request: LoadRequest) -> int:
+    """Bytes that vLLM takes beside weights and KV cache, as a plan counts them."""
+    options, shape = request.options, shape_of(request.config.to_dict())
+    sequences = getattr(options, "max_num_seqs", 128)
+    item, packed = request.dtype.itemsize, _is_four_bit(request)
+    return sum(engine_memory(shape, item, packed, rank=options.lora_r, max_num_seqs=sequences).values())
+
+
+def memory_share(request: LoadRequest, keys: int, others: int) -> float:
+    """Share of the free memory for vLLM: the weights, which are the policy's too, ``keys`` and values, and ``others``."""
+    return min(_MOST, max(0.1, (_weights(request) + keys + others) / free_memory(request)))
 
 
 def _weights(request: LoadRequest) -> int:
-    packed = request.options.load_in_4bit or is_packed(request.config)
-    return weight_bytes(shape_of(request.config.to_dict()), request.dtype.itemsize, packed)
+    return weight_bytes(shape_of(request.config.to_dict()), request.dtype.itemsize, _is_four_bit(request))
+
+
+def _is_four_bit(request: LoadRequest) -> bool:
+    return request.options.load_in_4bit or is_packed(request.config)

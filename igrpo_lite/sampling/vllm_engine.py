@@ -95,8 +95,8 @@ class Engine:
         self.sleeps = _kind_of_sleep(type(llm), options)
 
     def sleep(self) -> None:
-        """Release memory, on CUDA: the KV cache, and the weights too unless the policy uses them. Where vLLM refuses, go on
-        without it, with a note."""
+        """Release memory, on CUDA: the KV cache, and the weights too unless the policy uses them. Where vLLM refuses,
+        nothing is released, and a note says so."""
         if self.llm is None or self.sleeps == "no" or self.asleep:
             return
         try:

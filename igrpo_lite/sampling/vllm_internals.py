@@ -83,8 +83,9 @@ def runs_transformers_code(llm: Any) -> bool:
 def empty(llm: Any) -> None:
     """Step the engine until its scheduler and its batch queue hold nothing of the last requests.
 
-    The scheduler keeps the ids of finished requests until one more step, and with asynchronous scheduling (vLLM's default
-    on a GPU) the step after the last is under way already. 0.31, 0.32: ``release_kv_cache_memory`` refuses until then.
+    The scheduler keeps the ids of finished requests until one more step, and with asynchronous scheduling (vLLM's
+    default on a GPU) the step after the last is under way already. 0.31, 0.32: ``release_kv_cache_memory`` refuses
+    until then.
 
     Raises:
         Unexpected: it does not become empty, or cannot be looked into.

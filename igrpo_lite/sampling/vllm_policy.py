@@ -9,6 +9,7 @@ from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
+import psutil  # type: ignore[import-untyped]
 import torch
 from peft import PeftModel, get_peft_model_state_dict
 from peft.tuners.lora import LoraLayer
@@ -16,6 +17,10 @@ from safetensors.torch import save_file
 from torch import Tensor, nn
 
 from igrpo_lite.errors import SamplerError
+
+
+MAIN_MEMORY_SHARE = 0.9
+"""Of the free main memory, what a copy of the weights may take; vLLM's start needs some too."""
 
 
 @dataclass(frozen=True, slots=True, eq=False)
@@ -130,8 +135,18 @@ def set_aside(model: Any, device: torch.device) -> Iterator[None]:
     So a GPU need not hold the engine's as well, and an engine whose weights they were can be freed. Afterwards they are
     back on ``device``; those that have been replaced by tensors there stay as they are. Quantised weights are not
     moved, and neither are those that an outer call has set aside.
+
+    Raises:
+        SamplerError: they do not fit into the main memory that is free. (The system would kill the process.)
     """
     parameters = [p for p in base_parameters(model).values() if p.is_floating_point() and p.device.type == device.type]
+    size, free = sum(p.numel() * p.element_size() for p in parameters), psutil.virtual_memory().available
+    if size > MAIN_MEMORY_SHARE * free:
+        raise SamplerError(
+            f"the model's {size / 2**30:.1f} GiB of weights must wait in main memory while vLLM starts or stops, but "
+            f"only {free / 2**30:.1f} GiB of it are free: close other programs, take a smaller or a 4-bit model, or use "
+            "--sampler transformers"
+        )
     try:
         for parameter in parameters:
             parameter.data = parameter.data.to("cpu", copy=True)
