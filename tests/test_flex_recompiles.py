@@ -27,6 +27,7 @@ MODELS = [(4, 2, 16), (6, 2, 8), (4, 4, 32)]
 
 @pytest.fixture(autouse=True)
 def compiled_on_a_cpu(monkeypatch):
+    monkeypatch.delenv("TORCHDYNAMO_DISABLE", raising=False)  # set by vLLM on a CPU, read by torch.compile
     torch._dynamo.reset()
     counters.clear()
     compiled = torch.compile(torch_flex.flex_attention, backend="aot_eager")

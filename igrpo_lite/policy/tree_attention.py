@@ -152,8 +152,8 @@ class FlexTrees:
                 )
             FlexTrees.exhausted = True
         size = sum(map(len, self.trees))
-        nodes = (part[:, :, :size] for part in (query, key, value))
-        out = SdpaTrees(self.trees, self.device, query.dtype).attend(module, *nodes, scaling=scaling, **kwargs)
+        q, k, v = (part[:, :, :size] for part in (query, key, value))
+        out = SdpaTrees(self.trees, self.device, query.dtype).attend(module, q, k, v, scaling, **kwargs)
         return pad(out, (0, 0, 0, 0, 0, query.shape[2] - size))
 
 

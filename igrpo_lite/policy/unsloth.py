@@ -74,10 +74,12 @@ backend = UnslothBackend()
 
 
 def _load(loader: Any, request: LoadRequest, fast: bool) -> tuple[Any, tuple[str, ...]]:
-    """The adapted model, and what there is to say about it. Where vLLM does not start for want of memory, it is tried once
-    more: with a larger share where it says that its share is too small for any KV cache, else with a quarter of the KV
-    cache. Unsloth itself tries no second time when its engine can sleep, as vLLM may refuse that while anything of the
-    first is left."""
+    """The adapted model, and what there is to say about it.
+
+    Where vLLM does not start for want of memory, it is tried once more: with a larger share where it says that its
+    share is too small for any KV cache, else with a quarter of the KV cache. Unsloth itself tries no second time when
+    its engine can sleep, as vLLM may refuse that while anything of the first is left.
+    """
     arguments = loading_arguments(request, fast)
     model, error = _try(loader, request, arguments)
     if error is None:
@@ -109,13 +111,13 @@ def _load(loader: Any, request: LoadRequest, fast: bool) -> tuple[Any, tuple[str
             ) from error
         said += f"; nor with {change}"
     raise ModelError(
-        f"{said}: {advice} and --max-completion-length to half, or see igrpo-lite plan for a model that fits; --sampler "
-        "transformers does without vLLM"
+        f"{said}: {advice} and --max-completion-length to half, or see igrpo-lite plan for a model that fits; "
+        "--sampler transformers does without vLLM"
     ) from error
 
 
 def asks_for_more(error: BaseException) -> bool:
-    """Whether vLLM found no room for a KV cache in its share of the memory, in which case a smaller KV cache is no cure."""
+    """Whether vLLM found no room for a KV cache in its share of the memory: then a smaller KV cache is no cure."""
     return "Try increasing `gpu_memory_utilization`" in str(error)
 
 
@@ -272,7 +274,7 @@ def beside(request: LoadRequest) -> int:
 
 
 def memory_share(request: LoadRequest, keys: int, others: int) -> float:
-    """Share of the free memory for vLLM: the weights, which are the policy's too, ``keys`` and values, and ``others``."""
+    """Share of the free memory for vLLM: the policy's weights, which it uses too, the KV cache, and ``others``."""
     return min(_MOST, max(0.1, (_weights(request) + keys + others) / free_memory(request)))
 
 

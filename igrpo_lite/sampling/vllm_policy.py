@@ -18,7 +18,6 @@ from torch import Tensor, nn
 
 from igrpo_lite.errors import SamplerError
 
-
 MAIN_MEMORY_SHARE = 0.9
 """Of the free main memory, what a copy of the weights may take; vLLM's start needs some too."""
 
@@ -144,8 +143,8 @@ def set_aside(model: Any, device: torch.device) -> Iterator[None]:
     if size > MAIN_MEMORY_SHARE * free:
         raise SamplerError(
             f"the model's {size / 2**30:.1f} GiB of weights must wait in main memory while vLLM starts or stops, but "
-            f"only {free / 2**30:.1f} GiB of it are free: close other programs, take a smaller or a 4-bit model, or use "
-            "--sampler transformers"
+            f"only {free / 2**30:.1f} GiB of it are free: close other programs, take a smaller or a 4-bit model, or "
+            "use --sampler transformers"
         )
     try:
         for parameter in parameters:
