@@ -6,9 +6,19 @@ these have one. Nothing here imports torch, so that a wrong setting is reported 
 
 from __future__ import annotations
 
+import math
 from typing import Annotated, Literal
 
 from pydantic import BaseModel, ConfigDict, Field, PositiveFloat, PositiveInt
+
+from igrpo_lite.types import Stage
+
+LEARNING_STAGES: dict[str, tuple[Stage, ...]] = {
+    "grpo": ("stage1",),
+    "igrpo": ("stage2",),
+    "igrpo-joint": ("stage1", "stage2"),
+}
+"""The stages whose tokens learn, by algorithm."""
 
 Fraction = Annotated[float, Field(ge=0.0, le=1.0)]
 Decay = Annotated[float, Field(ge=0.0, lt=1.0)]
@@ -126,34 +136,30 @@ class RolloutOptions(Section):
     )
     prompts_per_step: PositiveInt = Field(8, description="Problems per optimizer step.")
     num_generations: PositiveInt = Field(8, description="Rollouts per problem, both stages together.")
-    num_drafts: PositiveInt | None = Field(None, description="Drafts N of these; unset: half.")
-    num_refinements: PositiveInt | None = Field(None, description="Refinements G of these; unset: the rest.")
+    num_drafts: PositiveInt | None = Field(
+        None, description="Drafts N of these; the others are refinements G. Unset: half."
+    )
     temperature: PositiveFloat = Field(1.0, description="Sampling temperature of both stages (the paper: 0.7).")
     draft_temperature: PositiveFloat | None = Field(None, description="Temperature of the drafts, where it differs.")
     max_completion_length: PositiveInt = Field(
         768, description="Tokens sampled at most per completion, in either stage."
     )
-    draft_selection: Literal["best", "random", "worst", "worst_formatted", "mixed"] = Field(
-        "best",
-        description="Draft that stage 2 sees: highest reward (the paper's), any, the lowest, the lowest that is "
-        "well-formed, or best or worst by chance.",
-    )
-    draft_tie_break: Literal["first", "random", "shortest"] = Field(
-        "first", description="Choice among drafts of equal reward; drafts are independent, so the first is a fair draw."
+    draft_selection: Literal["best", "random"] = Field(
+        "best", description="Draft that stage 2 sees: highest reward (the paper's; of equals the first), or any."
     )
     truncated_drafts: Literal["last_resort", "allow"] = Field(
         "last_resort",
         description="Drafts cut at the length limit: chosen only when all are cut, or treated like others.",
     )
-    draft_fallback: Literal["none", "plain", "agree"] = Field(
-        "none",
-        description="Show the draft always (the paper); sample without it where it earned nothing (`plain`), or where "
-        "all drafts earned the same (`agree`).",
-    )
     schedule: Literal["barrier", "overlap", "ahead"] = Field(
         "overlap",
         description="All drafts first; or each problem's refinements as soon as its drafts are scored (same samples); "
         "or the next step's drafts beside this step's refinements, from the policy before the update.",
+    )
+    single_stage_share: Fraction = Field(
+        0.0,
+        description="Share of the problems of a two-stage step that get one stage, with all rollouts, as with GRPO "
+        "(ours).",
     )
     dynamic_sampling: Annotated[int, Field(ge=0)] = Field(
         0,
@@ -163,14 +169,6 @@ class RolloutOptions(Section):
         "auto", description="Engine that samples; `auto`: vLLM on a CUDA GPU where it is installed, else transformers."
     )
     max_num_seqs: PositiveInt = Field(128, description="Sequences decoded at the same time.")
-    top_p: Annotated[float, Field(gt=0.0, le=1.0)] = Field(
-        1.0, description="Sample from the likeliest tokens of this total probability; below 1 the loss is biased."
-    )
-    min_p: Annotated[float, Field(ge=0.0, lt=1.0)] = Field(
-        0.0,
-        description="Sample only tokens of at least this share of the likeliest one's probability; above 0 the loss is "
-        "biased.",
-    )
     kv_cache_gib: PositiveFloat | None = Field(
         None,
         description="Memory for vLLM's keys and values, GiB; unset: what `max_num_seqs` sequences need, if it fits.",
@@ -267,23 +265,6 @@ class UpdateOptions(Section):
     sgrpo_k: Annotated[int, Field(ge=0)] | None = Field(
         None, description="S-GRPO: learning tokens per completion at most, 0: any number; unset: the preset's."
     )
-    sgrpo_cap: Literal["in_order", "random", "length_gate"] = Field(
-        "in_order",
-        description="S-GRPO: what k keeps: the first ones, `alpha` and any of the rest, or only those before place k, "
-        "and none but `alpha` of a longer completion.",
-    )
-    sgrpo_norm: Literal["selected", "ht"] = Field(
-        "selected",
-        description="S-GRPO: mean over the chosen tokens, or Horvitz-Thompson weights, unbiased for all tokens.",
-    )
-    tspmo_baseline: Literal["visits", "children", "leave_one_out"] = Field(
-        "visits",
-        description="T-SPMO: value of a prefix: mean over its completions, over its next tokens, or over the other "
-        "completions.",
-    )
-    tspmo_weight: Literal["unique", "count"] = Field(
-        "unique", description="T-SPMO: weight of a transition: 1, or the completions that took it."
-    )
     tspmo_min_visits: Annotated[int, Field(ge=2)] = Field(
         2, description="T-SPMO: completions that must share a prefix before its next tokens are compared."
     )
@@ -350,29 +331,6 @@ class UpdateOptions(Section):
     )
 
 
-class VariantOptions(Section):
-    """Variants of our own (for studies; the defaults are the papers' methods)"""
-
-    draft_answer: Literal["shown", "hidden"] = Field(
-        "shown",
-        description="Final answer of the draft in stage 2: as written, or every occurrence of it replaced by `?`.",
-    )
-    stage2_baseline: Literal["mean", "draft"] = Field(
-        "mean", description="What a refinement's reward is compared with: the mean of its group, or the draft's reward."
-    )
-    joint_groups: Literal["own", "pooled"] = Field(
-        "own", description="`igrpo-joint`: each stage its own group, or drafts and refinements in one."
-    )
-    single_stage_share: Fraction = Field(
-        0.0, description="Share of the problems of a two-stage step that get one stage, with all rollouts, like GRPO."
-    )
-    plain_refinements: Annotated[float, Field(ge=0.0)] = Field(
-        0.0,
-        description="Weight with which refinements better than the mean draft are also learned under the question "
-        "alone, importance-weighted; 0: never.",
-    )
-
-
 class RunOptions(Section):
     """The run"""
 
@@ -401,11 +359,38 @@ class RunOptions(Section):
     sample_steps: PositiveInt = Field(20, description="Steps between samples shown on the screen.")
 
 
-class RunConfig(
-    RunOptions, VariantOptions, UpdateOptions, RewardOptions, RolloutOptions, PromptOptions, DataOptions, ModelOptions
-):
+class RunConfig(RunOptions, UpdateOptions, RewardOptions, RolloutOptions, PromptOptions, DataOptions, ModelOptions):
     """Everything one training run depends on. Build it with :func:`igrpo_lite.settings.resolve`, which applies the
     defaults of the model and checks fields against each other."""
+
+    @property
+    def n_drafts(self) -> int:
+        """Completions per problem in stage 1: N for iGRPO, all of them for GRPO."""
+        if self.algorithm == "grpo":
+            return self.num_generations
+        return self.num_drafts or max(1, self.num_generations // 2)
+
+    @property
+    def n_refinements(self) -> int:
+        """Completions per problem in stage 2: G for iGRPO, none for GRPO."""
+        return self.num_generations - self.n_drafts
+
+    def is_single_stage(self, step: int, slot: int) -> bool:
+        """Whether the problem in this place of a step gets one stage: always for GRPO, else ``single_stage_share`` of
+        the places, evenly spread over the whole run, so that steps of few problems have their share too."""
+        place, share = step * self.prompts_per_step + slot, self.single_stage_share
+        return self.algorithm == "grpo" or math.floor((place + 1) * share) > math.floor(place * share)
+
+    def stage_temperature(self, stage: Stage, single: bool = False) -> float:
+        """Sampling temperature of a stage; the loss uses the same. ``single``: no second stage follows, so the
+        completions are no drafts."""
+        drafts = stage == "stage1" and self.algorithm != "grpo" and not single
+        return self.draft_temperature if drafts and self.draft_temperature is not None else self.temperature
+
+    def is_replayed(self, stage: Stage, single: bool = False) -> bool:
+        """Whether T-SPMO's replays follow a stage: one whose tokens learn."""
+        learns = stage in LEARNING_STAGES["grpo" if single else self.algorithm]
+        return learns and self.tokens == "t-spmo" and self.tspmo_replay > 0
 
 
 SECTIONS: tuple[type[Section], ...] = (
@@ -415,6 +400,5 @@ SECTIONS: tuple[type[Section], ...] = (
     RolloutOptions,
     RewardOptions,
     UpdateOptions,
-    VariantOptions,
     RunOptions,
 )

@@ -7,7 +7,7 @@ draft is conditional). Stage 2 only changes the user's turn (``plain``) or adds 
 from __future__ import annotations
 
 import string
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Literal
 
@@ -106,7 +106,6 @@ class PromptBuilder:
 
     Attributes:
         max_length: tokens of a prompt that holds what the model wrote (a stage-2 prompt) at most; unset: any number.
-        hide_answer: takes the final answer out of a draft's text before it is shown; unset: they are shown as they are.
         judge: of the prompts in which the model itself grades completions; unset: it does not.
     """
 
@@ -127,7 +126,6 @@ class PromptBuilder:
         self.max_draft_length = max_draft_length
         self.shots = tuple(shots)
         self.max_length: int | None = None
-        self.hide_answer: Callable[[str], str] | None = None
         self.judge: PromptBuilder | None = None
         self.heading = heading
         self.plain_template = not tokenizer.chat_template
@@ -148,7 +146,6 @@ class PromptBuilder:
             return self._second_turn(first, kept)
         while True:
             draft = self.without_controls(self.tokenizer.decode(kept, skip_special_tokens=True))
-            draft = self.hide_answer(draft) if self.hide_answer is not None else draft
             content = self.stage2_template.format(question=question, draft=draft.strip())
             prompt = self._ask(content)
             excess = len(prompt.ids) - (self.max_length or len(prompt.ids))

@@ -12,11 +12,12 @@ from typing import Any, get_origin
 
 from pydantic import ValidationError
 
-from igrpo_lite.config import RunConfig
+from igrpo_lite.config import LEARNING_STAGES, RunConfig
 from igrpo_lite.defaults import ENDPOINT_SETTINGS, LONG_COMPLETION, MODEL_DEFAULTS, REWARD_SETTINGS, SGRPO_PRESETS
 from igrpo_lite.errors import ConfigError
 from igrpo_lite.fields import FIELDS, allowed, choices, hint, is_list, nearest, parts
 from igrpo_lite.recipe_file import dump, load_file
+from igrpo_lite.retired import RETIRED, retired_findings
 
 __all__ = ["RESUMABLE", "differences", "dump", "examine", "load_file", "merge", "preflight", "resolve", "suggestion"]
 
@@ -52,7 +53,6 @@ RESUMABLE: frozenset[str] = frozenset(
 _METHODS = {"s-grpo": "sgrpo_", "t-spmo": "tspmo_", "entropy": "top_entropy_"}
 """What the settings of each choice of tokens begin with."""
 
-_ROLLOUTS = ("num_generations", "num_drafts", "num_refinements")
 
 _ELSEWHERE = {
     "model_name_or_path": "model",
@@ -88,31 +88,32 @@ def examine(given: Mapping[str, Any]) -> tuple[RunConfig, list[str]]:
 
     A setting that is wrong stands at its default in the configuration, so that further checks can still be made.
     """
-    known, findings = _split_unknown({str(key).replace("-", "_"): value for key, value in given.items()})
+    given = {str(key).replace("-", "_"): value for key, value in given.items()}
+    known, findings = _split_unknown(given)
     values: dict[str, Any] = {name: _plain(name, value) for name, value in known.items()}
     bad, complaints = _field_findings(values)
     findings += complaints
     good = {name: value for name, value in values.items() if name not in bad}
     defaults = MODEL_DEFAULTS.get(good.get("model", FIELDS["model"].default), {})
     config = RunConfig.model_validate({**defaults, **good})
-    split, complaints = _rollouts(config, {name for name in good if good[name] is not None}, bad)
-    findings += complaints
-    config = config.model_copy(update=split | _selection(config))
-    return config, findings + _cross_findings(config, bad) + _idle(config)
+    findings += [] if bad & {"algorithm", "num_generations", "num_drafts"} else _rollout_findings(config)
+    drafts = {} if config.algorithm == "grpo" else {"num_drafts": config.n_drafts}
+    config = config.model_copy(update=drafts | _selection(config))
+    return config, findings + retired_findings(given, config) + _cross_findings(config, bad) + _idle(config)
 
 
 def merge(file: Mapping[str, Any], flags: Mapping[str, Any]) -> dict[str, Any]:
     """A recipe's settings with the flags over them.
 
-    The three counts of rollouts depend on each other: a flag for one of them, or another algorithm, also takes back
-    what the file says about those that follow from it. So does a preset of S-GRPO with what it stands for, and a choice
-    of tokens with the settings of another one, and the policy as the judge with the endpoint.
+    A flag for the number of rollouts, or another algorithm, also takes back what the file says about the drafts of
+    them. So does a preset of S-GRPO with what it stands for, a choice of tokens with the settings of another one, and
+    the policy as the judge with the endpoint.
     """
     stale: set[str] = set()
-    if any(name in flags for name in _ROLLOUTS) or flags.get("algorithm") == "grpo":
+    if "num_generations" in flags or flags.get("algorithm") == "grpo":
         stale |= {"num_drafts", "num_refinements"}
-    if {"num_drafts", "num_refinements"} <= flags.keys():
-        stale.add("num_generations")
+    if "num_drafts" in flags:
+        stale.add("num_refinements")
     if flags.get("sgrpo_preset"):
         stale |= {name for preset in SGRPO_PRESETS.values() for name in preset}
     if "reward_funcs" in flags:
@@ -149,7 +150,7 @@ def suggestion(name: str, names: Collection[str] = FIELDS) -> str | None:
 
 def _split_unknown(given: Mapping[str, Any]) -> tuple[dict[str, Any], list[str]]:
     known = {name: value for name, value in given.items() if name in FIELDS}
-    near = {name: suggestion(name) for name in given if name not in FIELDS}
+    near = {name: suggestion(name) for name in given if name not in FIELDS and name not in RETIRED}
     return known, [f"unknown setting {name}" + (f"; did you mean {near[name]}?" if near[name] else "") for name in near]
 
 
@@ -193,30 +194,17 @@ def _shown(value: Any) -> str:
     return text if len(text) <= 80 else f"{text[:77]}..."
 
 
-def _rollouts(config: RunConfig, given: set[str], bad: set[str]) -> tuple[dict[str, int], list[str]]:
-    """Drafts N and refinements G for a number of rollouts per problem, or the reason why there are none."""
-    total, drafts, refinements = (getattr(config, name) for name in _ROLLOUTS)
-    if "algorithm" in bad or bad & set(_ROLLOUTS):
-        return {}, []
+def _rollout_findings(config: RunConfig) -> list[str]:
+    """Whether the rollouts of a problem can be split into drafts and refinements that learn."""
     if config.algorithm == "grpo":
-        return {}, _grpo_findings(config)
-    if drafts is None and refinements is None:
-        drafts = max(1, total // 2)
-    elif drafts is not None and refinements is not None and "num_generations" not in given:
-        total = drafts + refinements
-    drafts = total - refinements if drafts is None else drafts
-    refinements = total - drafts if refinements is None else refinements
-    counts = f"num_generations {total}, num_drafts {drafts}, num_refinements {refinements}"
-    findings = []
-    if drafts + refinements != total:
-        findings.append(f"num_generations: must be num_drafts + num_refinements, but {counts}; leave one of them out")
-    if drafts < 1:
-        findings.append(f"num_drafts: {config.algorithm} needs at least 1 draft per problem, but {counts}")
-    if refinements < 2:
-        findings.append(
-            f"num_refinements: must be at least 2, but {counts}; a group of one has no spread, so no advantage to learn"
-        )
-    return {"num_generations": total, "num_drafts": drafts, "num_refinements": refinements}, findings
+        return _grpo_findings(config)
+    counts = f"num_generations {config.num_generations}, num_drafts {config.n_drafts}"
+    if config.n_refinements >= 2:
+        return []
+    return [
+        f"num_drafts: must leave at least 2 refinements, but {counts}; a group of one has no spread, so no advantage "
+        "to learn"
+    ]
 
 
 def _selection(config: RunConfig) -> dict[str, Any]:
@@ -225,17 +213,16 @@ def _selection(config: RunConfig) -> dict[str, Any]:
         return {}
     name = config.sgrpo_preset or ("long" if config.max_completion_length >= LONG_COMPLETION else "short")
     preset = {"sgrpo_preset": name} | SGRPO_PRESETS[name]
-    if config.sgrpo_norm == "ht":
-        preset["sgrpo_k"] = 0  # its weights know of no cap
     return {key: value for key, value in preset.items() if getattr(config, key) is None}
 
 
 def _grpo_findings(config: RunConfig) -> list[str]:
-    findings = [
-        f"{name}: grpo has one stage and takes num_generations only; choose igrpo or igrpo-joint, or leave it out"
-        for name in ("num_drafts", "num_refinements")
-        if getattr(config, name) is not None
-    ]
+    findings = []
+    if config.num_drafts is not None:
+        findings.append(
+            "num_drafts: grpo has one stage and takes num_generations only; choose igrpo or igrpo-joint, or leave it "
+            "out"
+        )
     if config.num_generations < 2:
         findings.append(
             f"num_generations: must be at least 2, not {config.num_generations}; "
@@ -267,37 +254,14 @@ def _cross_findings(config: RunConfig, bad: set[str]) -> list[str]:
             f"schedule: ahead is for igrpo; with {config.algorithm} "
             + ("there are no drafts" if config.algorithm == "grpo" else "drafts learn, so they must be on-policy")
         )
-    return found + _variant_findings(config) + _selection_findings(config)
-
-
-def _variant_findings(config: RunConfig) -> list[str]:
-    """Variants that do not go with another setting."""
-    found = []
-    two_stages = {
-        "stage2_baseline": config.stage2_baseline != "mean",
-        "single_stage_share": config.single_stage_share > 0,
-        "plain_refinements": config.plain_refinements > 0,
-    }
-    found += [
-        f"{name}: is about a second stage, which grpo has not; choose igrpo or igrpo-joint, or leave it out"
-        for name, used in two_stages.items()
-        if used and config.algorithm == "grpo"
-    ]
-    if config.joint_groups == "pooled" and config.algorithm != "igrpo-joint":
-        found.append(f"joint_groups: pooled is for igrpo-joint; with {config.algorithm} one stage learns")
-    if config.draft_answer == "hidden" and config.draft_placement != "plain":
-        found.append("draft_answer: hidden needs draft_placement plain; as a turn of its own a draft stays as it is")
+    if config.single_stage_share and config.algorithm == "grpo":
+        found.append(
+            "single_stage_share: is about a second stage, which grpo has not; choose igrpo or igrpo-joint, or leave it "
+            "out"
+        )
     if config.single_stage_share and config.schedule == "ahead":
         found.append("single_stage_share: does not go with schedule ahead, whose first stage is one update old")
-    pooled = config.joint_groups == "pooled"
-    for name, used in {"joint_groups": pooled, **two_stages}.items():
-        if used and config.tokens == "t-spmo" and name != "single_stage_share":
-            found.append(f"{name}: has no effect with tokens t-spmo, which takes rewards as they are; leave it out")
-        if used and config.dynamic_sampling and name != "single_stage_share":
-            found.append(f"{name}: does not go with dynamic_sampling, which judges each group by its own rewards")
-    if config.plain_refinements and config.importance_sampling_mode == "none":
-        found.append("plain_refinements: needs importance weights; set an importance_sampling_mode other than none")
-    return found
+    return found + _selection_findings(config)
 
 
 def _idle(config: RunConfig) -> list[str]:
@@ -312,10 +276,8 @@ def _idle(config: RunConfig) -> list[str]:
 
 def _selection_findings(config: RunConfig) -> list[str]:
     found = []
-    group = config.num_generations - (config.num_drafts or 0) if config.algorithm == "igrpo" else config.num_generations
-    if config.algorithm == "igrpo-joint":
-        group = max(config.num_drafts or 0, config.num_refinements or 0)
-    group = max(group, config.tspmo_replay + 1)
+    sizes = {"stage1": config.n_drafts, "stage2": config.n_refinements}
+    group = max(config.tspmo_replay + 1, *(sizes[stage] for stage in LEARNING_STAGES[config.algorithm]))
     if config.tokens == "t-spmo" and config.tspmo_min_visits > group:
         found.append(
             f"tspmo_min_visits: must be at most the {group} completions of a group that learns, not "
@@ -328,13 +290,6 @@ def _selection_findings(config: RunConfig) -> list[str]:
             f"loss_type: {config.loss_type} does not go with tokens t-spmo, whose loss is a mean over transitions; "
             "leave loss_type out"
         )
-    if config.tokens == "s-grpo" and config.sgrpo_norm == "ht" and config.sgrpo_k:
-        found.append(
-            f"sgrpo_k: must be 0 with sgrpo_norm ht, not {config.sgrpo_k}; tokens that k cuts off have no chance to be "
-            "drawn, so no weight makes up for them"
-        )
-    if config.tokens == "s-grpo" and config.sgrpo_norm == "ht" and not config.sgrpo_p:
-        found.append("sgrpo_p: must be above 0 with sgrpo_norm ht; tokens without a chance to be drawn have no weight")
-    elif config.tokens == "s-grpo" and not (config.sgrpo_alpha or config.sgrpo_p):
+    if config.tokens == "s-grpo" and not (config.sgrpo_alpha or config.sgrpo_p):
         found.append("sgrpo_p: 0 with sgrpo_alpha 0 leaves no token to learn from; raise one of them")
     return found

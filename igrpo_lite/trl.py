@@ -65,7 +65,7 @@ Prompt = str | list[dict[str, Any]]
 """A prompt of TRL's standard or of its conversational data format."""
 
 _ROLLOUT, _PROMPT = RolloutOptions.model_fields, PromptOptions.model_fields
-_CHOICES = ("draft_selection", "draft_tie_break", "truncated_drafts", "draft_fallback")
+_CHOICES = ("draft_selection", "truncated_drafts")
 _UNSUPPORTED = ("tools", "rollout_func", "environment_factory")
 
 
@@ -75,7 +75,7 @@ class IGRPOConfig(GRPOConfig):
 
     Attributes:
         num_drafts: drafts N per prompt; unset: as many as ``num_generations``, the paper's even split.
-        draft_selection, draft_tie_break, truncated_drafts, draft_fallback: which draft stage 2 sees, as in
+        draft_selection, truncated_drafts: which draft stage 2 sees, as in
             :class:`igrpo_lite.config.RolloutOptions`.
         stage2_template: text of stage 2's user turn, or a file with it; holds ``{question}`` and then ``{draft}``.
         max_draft_length: tokens of a draft shown at most; of a longer one the end is kept. Unset: all.
@@ -87,17 +87,11 @@ class IGRPOConfig(GRPOConfig):
     num_drafts: int | None = field(
         default=None, metadata={"help": "Drafts per prompt in stage 1; unset: as many as num_generations."}
     )
-    draft_selection: Literal["best", "random", "worst", "worst_formatted", "mixed"] = field(
+    draft_selection: Literal["best", "random"] = field(
         default="best", metadata={"help": _ROLLOUT["draft_selection"].description}
-    )
-    draft_tie_break: Literal["first", "random", "shortest"] = field(
-        default="first", metadata={"help": _ROLLOUT["draft_tie_break"].description}
     )
     truncated_drafts: Literal["last_resort", "allow"] = field(
         default="last_resort", metadata={"help": _ROLLOUT["truncated_drafts"].description}
-    )
-    draft_fallback: Literal["none", "plain", "agree"] = field(
-        default="none", metadata={"help": _ROLLOUT["draft_fallback"].description}
     )
     stage2_template: str | None = field(
         default=None, metadata={"help": "User turn of stage 2, text or file, with {question} and {draft}."}
@@ -273,13 +267,11 @@ class IGRPOTrainer(GRPOTrainer):
         rows = _one_per_group(inputs, group)
         drafts = self._draft(rows, mode)
         prompts = [
-            with_draft(row["prompt"], draft.text, self._template) if draft.choice.shown else row["prompt"]
-            for row, draft in zip(rows, drafts, strict=True)
+            with_draft(row["prompt"], draft.text, self._template) for row, draft in zip(rows, drafts, strict=True)
         ]
         self._stage2_prompts = [prompt for prompt in prompts for _ in range(group)]
         if self.log_completions:
-            shown = [draft.text if draft.choice.shown else "" for draft in drafts]
-            self._log_completion_extra("shown_draft", [text for text in shown for _ in range(group)])
+            self._log_completion_extra("shown_draft", [draft.text for draft in drafts for _ in range(group)])
         try:
             return super()._generate_and_score_completions(inputs)
         finally:
@@ -385,10 +377,10 @@ class IGRPOTrainer(GRPOTrainer):
         self._pending_extra_logs.clear()  # the table of completions is of the refinements
 
     def _log_choices(self, mode: str, drafts: list[_Draft]) -> None:
-        rows = [[draft.reward, draft.choice.tied, draft.choice.shown] for draft in drafts]
+        rows = [[draft.reward, draft.choice.tied] for draft in drafts]
         table = torch.tensor(rows, dtype=torch.float32, device=self.accelerator.device)
         means = self.accelerator.gather(table).nanmean(dim=0).tolist()
-        for name, mean in zip(("chosen_reward", "tied", "shown"), means, strict=True):
+        for name, mean in zip(("chosen_reward", "tied"), means, strict=True):
             self._metrics[mode][f"drafts/{name}"].append(mean)
 
 

@@ -13,7 +13,7 @@ FLOORS = [
     {"config", "defaults", "environment", "prompts"},
     {"fields", "planning", "problems", "rewards"},
     {"tiny"},
-    {"checks", "recipe_file"},
+    {"checks", "recipe_file", "retired"},
     {"settings"},
     {"policy"},
     {"sampling"},

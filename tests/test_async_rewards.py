@@ -109,7 +109,7 @@ def test_decoding_goes_on_while_a_reward_is_computed(case, collect, tmp_path):
     beside = []
 
     def look(collector, idle):
-        if not collector._scoring or gate.exists():
+        if not collector.driver.computing or gate.exists():
             return
         wait_for(started)
         beside.append(collector.sampler.decode_steps)
@@ -133,7 +133,7 @@ def test_decoding_goes_on_while_a_reward_is_computed(case, collect, tmp_path):
 def test_how_long_a_reward_takes_changes_nothing(case, collect):
     """Not even the last bit of a log-probability: the batches are the same."""
     slow, slow_sampler, collector = collect("time.sleep(random.random() * 0.05)", **CASES[case])
-    assert collector.reward_seconds > 0
+    assert collector.driver.waited > 0
     fast, fast_sampler, _ = collect("pass", **CASES[case])
     assert slow == fast
     assert slow_sampler.decode_steps == fast_sampler.decode_steps
@@ -144,7 +144,7 @@ def test_a_sleeping_reward_is_the_same_as_one_computed_in_between(case, collect,
     slow, slow_sampler, _ = collect("time.sleep(0.3)", **CASES[case])
     monkeypatch.setattr(Scorer, "in_worker", False)
     waited_for, sampler, collector = collect("pass", **CASES[case])
-    assert collector._thread is None
+    assert collector.driver.threads is None
     if case != "overlap":  # nothing joins a running batch, so the batches are the same ones
         assert slow == waited_for
         assert slow_sampler.decode_steps == sampler.decode_steps
@@ -215,14 +215,14 @@ def test_what_is_being_computed_is_given_up(error, collect, tmp_path, no_thread_
     """
 
     def look(collector, idle):
-        if collector._scoring:
+        if collector.driver.computing:
             wait_for(started)
             raise error
 
     with pytest.raises(error):
         collect(body, look, timeout=700, algorithm="grpo")
     collector, scorer = collect.made[-1]
-    assert not collector._scoring[0].scores.done()
+    assert not collector.driver.computing[0].value.done()
     collector.close()
     assert scorer._worker.pid is None
     assert not finished.exists()
@@ -236,7 +236,7 @@ def test_a_process_that_is_still_importing_is_given_up_too(collect, tmp_path, no
     importing = tmp_path / "importing"
 
     def look(collector, idle):
-        if collector._scoring:
+        if collector.driver.computing:
             wait_for(importing)
             raise KeyboardInterrupt
 

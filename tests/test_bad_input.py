@@ -220,7 +220,7 @@ def test_everything_comes_at_once_and_before_torch(tmp_path: Path) -> None:
     script = (
         "import sys, importlib.util as u; u.find_spec = lambda n, f=u.find_spec: None if n == 'trackio' else f(n)\n"
         "from igrpo_lite.cli import main\n"
-        "code = main(['train', '--config', 'mine.yaml', '--num-drafts', '1', '--num-refinements', '1', '--nope'])\n"
+        "code = main(['train', '--config', 'mine.yaml', '--num-generations', '2', '--nope'])\n"
         "print(code, main(['train', '--config', 'mine.yaml']), 'torch' in sys.modules, 'transformers' in sys.modules)\n"
     )
     root = str(Path(__file__).resolve().parents[1])
@@ -235,7 +235,7 @@ def test_everything_comes_at_once_and_before_torch(tmp_path: Path) -> None:
     assert done.stdout.split() == ["2", "2", "False", "False"], done.stderr
     lines = done.stderr.splitlines()
     assert all(line.startswith("error: ") for line in lines)
-    for words in ("unknown flag --nope", "num_refinements: must be at least 2"):
+    for words in ("unknown flag --nope", "num_drafts: must leave at least 2 refinements"):
         assert sum(words in line for line in lines) == 1, done.stderr
     for words in (
         "max_step; did you mean max_steps?",
@@ -254,9 +254,9 @@ def test_everything_comes_at_once_and_before_torch(tmp_path: Path) -> None:
     ("given", "told"),
     [
         ({"algorithm": "grpo", "num_generations": 1}, "num_generations: must be at least 2"),
-        ({"num_generations": 2}, "num_refinements: must be at least 2"),
+        ({"num_generations": 2}, "num_drafts: must leave at least 2 refinements"),
         ({"num_drafts": 0}, "num_drafts: must be a whole number of at least 1"),
-        ({"num_generations": 4, "num_refinements": 4}, "num_drafts: igrpo needs at least 1 draft"),
+        ({"draft_answer": "hidden"}, "draft_answer: is no setting any more, and only shown is left of it"),
         ({"stage2_template": "{question}"}, "stage2_template: must contain {draft} exactly once"),
         ({"stage2_template": "none.txt"}, "stage2_template: no such file: none.txt"),
         ({"stage2_template": "bytes.txt"}, "stage2_template: bytes.txt cannot be read as UTF-8 text"),

@@ -29,8 +29,8 @@ def only(spec: str, recipe: str | None = None, **common) -> tuple[str, RunConfig
     [
         ("grpo", "grpo", {"algorithm": "grpo"}),
         ("igrpo/s-grpo", "igrpo/s-grpo", {"tokens": "s-grpo"}),
-        ("igrpo+draft_selection=worst", "igrpo+draft_selection=worst", {"draft_selection": "worst"}),
-        ("hidden=igrpo+draft_answer=hidden", "hidden", {"draft_answer": "hidden"}),
+        ("igrpo+draft_selection=random", "igrpo+draft_selection=random", {"draft_selection": "random"}),
+        ("few=igrpo+num_drafts=4", "few", {"num_drafts": 4}),
         ("grpo/t-spmo+num-generations=8+tspmo_replay=4", None, {
             "algorithm": "grpo", "tokens": "t-spmo", "num_generations": 8, "tspmo_replay": 4,
         }),
@@ -54,7 +54,7 @@ def test_a_method_wins_over_common_settings_these_over_its_recipe_and_this_over_
     assert name == "mine+learning_rate=0.25"
     assert (config.learning_rate, config.max_steps, config.lora_r, config.eval_size) == (0.25, 5, 4, 9)
     # The count of all rollouts takes back what a recipe below says of their parts.
-    assert (config.num_drafts, config.num_refinements) == (6, 6)
+    assert (config.num_drafts, config.n_refinements) == (6, 6)
     assert (config.seed, config.output_dir, config.max_minutes, config.progress) == (0, None, None, "off")
     assert only("grpo", str(mine))[1].num_drafts is None
     assert only("igrpo", tokens="s-grpo", sgrpo_p="0.3")[1].sgrpo_p == 0.3
@@ -85,15 +85,15 @@ def test_other_seeds_are_refused(text):
 
 
 def test_all_mistakes_come_at_once_with_the_methods_that_they_concern(tmp_path, capsys):
-    words = ["gpro", "igrpo+draft_selektion=worst", "a=grpo+seed=3", "igrpo+algorithm=grpo", "none.yaml", "grpo"]
+    words = ["gpro", "igrpo+draft_selektion=random", "a=grpo+seed=3", "igrpo+algorithm=grpo", "none.yaml", "grpo"]
     more = ["--seeds", "x", "--jobs", "0", "--model", "./nope", "--output-dir", str(tmp_path / "out")]
     assert main(["compare", *words, *more]) == 2
     wanted = [
         "gpro: neither an algorithm (grpo, igrpo, igrpo-joint) nor a recipe's file; did you mean grpo?",
         "igrpo+algorithm=grpo: algorithm is given twice",
         "none.yaml: neither an algorithm",
-        "igrpo+draft_selektion=worst: unknown setting draft_selektion; did you mean draft_selection?",
-        "igrpo+draft_selektion=worst, a, igrpo+algorithm=grpo, grpo: model: no such folder: ./nope",
+        "igrpo+draft_selektion=random: unknown setting draft_selektion; did you mean draft_selection?",
+        "igrpo+draft_selektion=random, a, igrpo+algorithm=grpo, grpo: model: no such folder: ./nope",
         "a: seed: is no setting of a comparison; say --seeds",
         "seeds: must be how many",
         "jobs: must be at least 1, not 0",

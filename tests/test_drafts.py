@@ -11,18 +11,17 @@ from igrpo_lite.config import RolloutOptions
 from igrpo_lite.types import Completion, Score
 
 
-def draft(length=4, cut=False):
-    return Completion(tuple(range(length)), "text", (0.0,) * length, "length" if cut else "stop")
+def draft(cut=False):
+    return Completion((0, 1, 2, 3), "text", (0.0,) * 4, "length" if cut else "stop")
 
 
-def score(reward, form=1.0):
-    return Score(reward, {"accuracy": reward, "format": form}, "correct" if reward else "wrong", "1")
+def score(reward):
+    return Score(reward, {"accuracy": reward}, "correct" if reward else "wrong", "1")
 
 
-def choose(rewards, drafts=None, forms=None, seed=0, **options):
+def choose(rewards, drafts=None, seed=0, **options):
     drafts = drafts or [draft() for _ in rewards]
-    forms = forms or [1.0] * len(rewards)
-    scores = [score(r, f) for r, f in zip(rewards, forms, strict=True)]
+    scores = [score(reward) for reward in rewards]
     return choose_draft(drafts, scores, RolloutOptions(**options), random.Random(seed))
 
 
@@ -34,19 +33,7 @@ def test_best_reward_wins_and_first_of_equals():
 
 def test_all_wrong_still_chooses_one_as_the_paper_does():
     choice = choose([0.0, 0.0, 0.0])
-    assert (choice.index, choice.shown) == (0, True)
-
-
-def test_fallback_hides_a_draft_that_earned_nothing():
-    assert not choose([0.0, 0.0], draft_fallback="plain").shown
-    assert choose([0.0, 0.1], draft_fallback="plain").shown
-
-
-def test_tie_break_shortest_and_random():
-    lengths = [draft(9), draft(3), draft(5)]
-    assert choose([1.0, 1.0, 1.0], lengths, draft_tie_break="shortest").index == 1
-    drawn = {choose([1.0, 1.0, 0.0, 1.0], seed=seed, draft_tie_break="random").index for seed in range(50)}
-    assert drawn == {0, 1, 3}
+    assert (choice.index, choice.tied) == (0, True)
 
 
 @pytest.mark.parametrize(("rule", "expected"), [("last_resort", 1), ("allow", 0)])
@@ -57,11 +44,6 @@ def test_truncated_drafts(rule, expected):
 
 def test_only_truncated_drafts_are_better_than_none():
     assert choose([0.0, 1.0], [draft(cut=True), draft(cut=True)]).index == 1
-
-
-def test_worst_formatted_takes_the_worst_well_formed():
-    assert choose([0.0, 0.1, 1.1], forms=[0.0, 1.0, 1.0], draft_selection="worst_formatted").index == 1
-    assert choose([0.5, 0.1], forms=[0.0, 0.0], draft_selection="worst_formatted").index == 1
 
 
 def test_random_selection_covers_all():

@@ -51,7 +51,7 @@ def trains(step):
     """Whether requests are for the refinements of a step, counted from 0."""
 
     def picked(_, requests, *__):
-        return any(getattr(r.tag, "step", None) == step and r.tag.part[0] == "stage2" for r in requests)
+        return any(getattr(r.tag, "step", None) == step and r.tag.stage == "stage2" for r in requests)
 
     return picked
 

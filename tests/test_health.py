@@ -295,16 +295,6 @@ def test_a_sampler_that_parts_from_the_policy_is_told_and_then_stops_the_run() -
     assert [(step, f.level) for step, f in stopped] == [(6, "stop"), (7, "stop")], "as often as it is found"
 
 
-def test_a_cut_off_distribution_explains_a_gap_of_its_own_size() -> None:
-    """Every kept set has a probability of at least top_p, so it alone parts them by -ln(top_p) at most."""
-    assert gaps([-math.log(0.5)] * 4, top_p=0.5) == []
-    told = gaps([-math.log(0.5) + 0.1] * 4, top_p=0.5)
-    assert [f.level for _, f in told] == ["warning"]
-    assert "--top-p (now 0.5)" in told[0][1].text
-    assert {f.level for _, f in gaps([-math.log(0.5) + 0.6] * 4, top_p=0.5)} == {"stop"}
-    assert gaps([2.0] * 6, min_p=0.1) == [], "no bound is known"
-
-
 def using(rss: Iterable[float], kind: str = "rss", **settings: Any) -> list[tuple[int, Finding]]:
     health = Health(config(**settings))
     return run(health, (healthy(step, memory={kind: mib}) for step, mib in enumerate(rss, start=1)))

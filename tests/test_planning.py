@@ -35,7 +35,7 @@ def chosen(model: str, gpu: str, *, four_bit: bool = False, **values: Any) -> Pl
     return plan(config.model_copy(update=settings), found, card, four_bit=four_bit)
 
 
-TASK = {"max_prompt_length": 512, "max_completion_length": 512, "num_drafts": 4, "num_refinements": 4}
+TASK = {"max_prompt_length": 512, "max_completion_length": 512, "num_generations": 8, "num_drafts": 4}
 
 
 def test_the_main_job_fits_a_t4():

@@ -13,7 +13,6 @@ from hypothesis import strategies as st
 from planning_parts import group, transformers_config
 from transformers import DynamicCache
 
-from igrpo_lite.algorithms.rollout import stage1_size, stage2_size
 from igrpo_lite.algorithms.selection import sgrpo_indices
 from igrpo_lite.planning import memory
 from igrpo_lite.planning.gpus import find_gpu
@@ -27,7 +26,6 @@ from igrpo_lite.planning.work import (
     last_index,
     learning_trees,
     longest,
-    stage_sizes,
     typical,
     waves,
 )
@@ -81,8 +79,7 @@ def test_a_tree_counts_as_the_real_one():
 @pytest.mark.parametrize("given", [{}, {"algorithm": "grpo"}, {"algorithm": "igrpo-joint", "num_generations": 9}])
 def test_stages_are_the_rollouts(given):
     config = resolve(given | {"prompts_per_step": 3})
-    first, second = stage1_size(config), stage2_size(config)
-    assert stage_sizes(config) == (first, second)
+    first, second = config.n_drafts, config.n_refinements
     assert waves(config) == tuple(3 * size for size in (first, second) if size)
     lengths = longest(config)
     expected = {"grpo": {lengths.prompt}, "igrpo": {lengths.refined}, "igrpo-joint": {lengths.prompt, lengths.refined}}
@@ -112,15 +109,14 @@ def test_lengths():
     assert typical(config, completion=50).draft == 50
 
 
-@pytest.mark.parametrize("cap", ["in_order", "random", "length_gate"])
 @pytest.mark.parametrize(("alpha", "p", "k"), [(0, 0.4, 0), (100, 0.5, 300), (20, 0.3, 50), (50, 0.5, 30)])
 @pytest.mark.parametrize("length", [40, 600])
-def test_s_grpo_ends_where_the_selection_ends(cap, alpha, p, k, length):
+def test_s_grpo_ends_where_the_selection_ends(alpha, p, k, length):
     """Against many draws of the selection itself: nearly all end by the place that is reckoned with, and not long
     before it."""
-    values = {"tokens": "s-grpo", "sgrpo_alpha": alpha, "sgrpo_p": p, "sgrpo_k": k, "sgrpo_cap": cap}
+    values = {"tokens": "s-grpo", "sgrpo_alpha": alpha, "sgrpo_p": p, "sgrpo_k": k}
     end, chosen = last_index(resolve(values), length)
-    draws = [sgrpo_indices(length, alpha, p, k, cap, random.Random(seed)) for seed in range(400)]
+    draws = [sgrpo_indices(length, alpha, p, k, random.Random(seed)) for seed in range(400)]
     last = sorted(draw[-1] + 1 for draw in draws if draw)
     assert sum(place <= end for place in last) >= 0.95 * len(last)
     assert end <= last[-1] * 1.1 + 1

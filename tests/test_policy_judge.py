@@ -39,6 +39,19 @@ def completion(text: str, parts: Any) -> Completion:
     return Completion(ids, text, (0.0,) * len(ids), "stop")
 
 
+class Replying:
+    """Gives the replies it was made with, one after the other."""
+
+    def __init__(self, *replies: Completion) -> None:
+        self.replies, self.requests = list(replies), []
+
+    def run(self, requests, on_finished, poll=None):
+        waiting = list(requests)
+        while waiting:
+            self.requests.append(request := waiting.pop(0))
+            waiting += on_finished(request, self.replies.pop(0))
+
+
 # Settings
 
 
@@ -89,18 +102,15 @@ def test_the_judge_reads_a_turn_of_its_own(parts):
     assert prompt.text.startswith(f"<|im_start|>user\n{problem.question}\n<attempt-")
     assert "\n34\n" in prompt.text
     assert prompt.ids == tuple(tokenizer.encode(prompt.text, add_special_tokens=False))
-    judging = judge.about(problem, [completion("7", parts)])
-    (asked,) = judging.questions
     reply = tuple(tokenizer.encode("No idea.<|im_end|>", add_special_tokens=False))
-    (again,) = judging.replied(0, Completion(reply, "No idea.", (0.0,) * len(reply), "stop"))
+    sampler = Replying(Completion(reply, "No idea.", (0.0,) * len(reply), "stop"), completion("Score: 3/4", parts))
+    (judgement,) = judge.judge(sampler, problem, [completion("7", parts)])
+    asked, again = sampler.requests
     head = asked.prompt.ids + reply
     assert again.prompt.ids[: len(head)] == head
     assert again.prompt.text.endswith(
         f"No idea.<|im_end|>\n<|im_start|>user\n{REMINDER}<|im_end|>\n<|im_start|>assistant\n"
     )
-    assert not judging.done
-    assert judging.replied(0, completion("Score: 3/4", parts)) == []
-    (judgement,) = judging.judgements()
     assert (judgement.score, judgement.reply, judgement.error) == (0.75, "No idea.\nScore: 3/4", None)
     read = len(asked.prompt.ids) + len(again.prompt.ids)
     assert judgement.tokens == read + len(reply) + len(completion("Score: 3/4", parts).ids)
@@ -130,10 +140,11 @@ def test_what_the_engine_must_hold(parts):
     assert bare < len(whole.ids) <= prompts.judge.max_length
     assert "\\boxed{2}\n</attempt" in whole.text, "the end is kept"
     long = Problem("long", "9 " * 1200, "1")
-    judging = judge.about(long, [completion("1", parts)] * 2)
-    assert judging.done
-    assert [(j.score, j.asked) for j in judging.judgements()] == [(None, True), (None, False)]
-    assert "problem long leaves the policy no room" in str(judging.judgements()[0].error)
+    nobody = Replying()
+    judgements = judge.judge(nobody, long, [completion("1", parts)] * 2)
+    assert [(j.score, j.asked) for j in judgements] == [(None, True), (None, False)]
+    assert "problem long leaves the policy no room" in str(judgements[0].error)
+    assert not nobody.requests
 
 
 def test_a_context_that_is_too_short_is_refused_before_the_model_loads(parts):
@@ -234,13 +245,15 @@ def test_every_schedule_asks_the_same_of_the_same_texts(extra, parts):
     written = {(r.tag, r.seed): c for r, c in zip(judge_requests, map(sampler.write, judge_requests), strict=True)}
     assert collector.judge_tokens == sum(len(c.ids) for c in written.values())
     if extra == REPLAY:
-        assert any(r.tag.part[1] for r in judge_requests)
+        assert any(r.tag.replay for r in judge_requests)
 
 
 def test_scores_choose_the_draft_and_a_text_is_judged_once_in_its_group(parts):
     sampler = scripted(parts)
     made, _, scorer = collected(small_config(**JUDGED, **REPLAY), parts, sampler)
-    asked = [(r.tag.step, r.tag.slot, r.tag.part, attempt(r)) for r in sampler.requests if r.tag.turn == 1]
+    asked = [
+        (r.tag.step, r.tag.slot, r.tag.stage, r.tag.replay, attempt(r)) for r in sampler.requests if r.tag.turn == 1
+    ]
     assert len(set(asked)) == len(asked)
     distinct, unread = 0, 0
     for group, start in groups_of(made):
@@ -267,9 +280,9 @@ def test_scores_choose_the_draft_and_a_text_is_judged_once_in_its_group(parts):
 def test_with_barrier_a_stage_is_judged_in_its_own_wave(parts):
     sampler = scripted(parts, random.Random(1).randrange)
     collected(small_config(**JUDGED, schedule="barrier"), parts, sampler, 1)
-    assert [{r.tag.part[0] for r in wave} for wave in sampler.runs] == [{"stage1"}, {"stage2"}]
+    assert [{r.tag.stage for r in wave} for wave in sampler.runs] == [{"stage1"}, {"stage2"}]
     assert all(not r.tag.turn for wave in sampler.runs for r in wave)
-    stages = [r.tag.part[0] for kind, r in sampler.events if kind == "sampled"]
+    stages = [r.tag.stage for kind, r in sampler.events if kind == "sampled"]
     assert stages == sorted(stages), "all drafts and their grades before any refinement"
 
 

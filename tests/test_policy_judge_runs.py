@@ -18,6 +18,7 @@ from igrpo_lite.cli import main
 from igrpo_lite.errors import RewardError
 from igrpo_lite.evaluation.preflight import preflight
 from igrpo_lite.policy.prompting import check_context, prompt_builder
+from igrpo_lite.rewards.judge import Judgement
 from igrpo_lite.sampling.replica import Replica
 from igrpo_lite.sampling.transformers import TransformersSampler
 from igrpo_lite.settings import resolve
@@ -132,12 +133,8 @@ def test_check_shows_the_judges_prompt_and_finds_that_it_cannot_grade():
 
 def test_check_says_whether_the_judge_knows_right_from_wrong(monkeypatch):
     def graded(self, sampler, problem, completions, *seed):
-        judging = self.about(problem, completions)
-        for question in judging.questions:
-            low = problem.answer not in completions[question.index].text
-            said = f"Score: {0.25 if low is upright else 0.75}"
-            judging.replied(question.index, dataclasses.replace(completions[0], text=said, finish="stop"))
-        return judging.judgements()
+        low = [problem.answer not in completion.text for completion in completions]
+        return [Judgement(0.25 if wrong is upright else 0.75) for wrong in low]
 
     monkeypatch.setattr(PolicyJudge, "judge", graded)
     for upright in (True, False):

@@ -84,10 +84,10 @@ def test_what_does_not_fit_the_context_is_an_error_of_the_check(capsys):
 
 
 def test_bad_settings_are_refused_at_once(capsys):
-    words = ["check", "--problems", 0, "--samples", 0, "--data", "none.jsonl", "--top-p", 3]
+    words = ["check", "--problems", 0, "--samples", 0, "--data", "none.jsonl", "--temperature", 0]
     code, _, err = run(words, capsys)
     assert code == 2
-    assert [line.split()[1] for line in err.splitlines()] == ["top_p:", "data:", "--problems:", "--samples:"]
+    assert [line.split()[1] for line in err.splitlines()] == ["temperature:", "data:", "--problems:", "--samples:"]
 
 
 REWARDS = """
@@ -274,13 +274,6 @@ def test_pass_rates_belong_to_questions_and_answers_not_to_rows(tmp_path):
     lines = (tmp_path / "kept.rates.jsonl").read_text()
     assert scanned() == mended
     assert (tmp_path / "kept.rates.jsonl").read_text() == lines  # all are there
-
-
-def test_samples_are_cut_as_the_runs_are(tmp_path):
-    """With ``top_p`` next to nothing all samples are the greedy one."""
-    scan(small_config(max_problems=12, top_p=1e-6), tmp_path / "a.jsonl", samples=4)
-    _, *rates = [json.loads(line) for line in (tmp_path / "a.rates.jsonl").read_text().splitlines()]
-    assert {rate["pass_rate"] for rate in rates} == {0.0, 1.0}
 
 
 def test_a_scan_writes_over_nothing_but_a_scan(tmp_path, capsys):

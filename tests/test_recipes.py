@@ -86,7 +86,7 @@ def test_the_first_recipe_is_what_train_does_without_flags() -> None:
 
 def test_paper_recipe_holds_the_papers_numbers() -> None:
     config = resolve(load_file(recipes.folder() / "paper-exact.yaml"))
-    assert (config.num_drafts, config.num_refinements, config.temperature) == (4, 4, 0.7)
+    assert (config.num_drafts, config.n_refinements, config.temperature) == (4, 4, 0.7)
     assert (config.max_prompt_length, config.max_completion_length) == (1024, 4096)
     assert (config.reward_weights, config.beta) == ([1.0, 1.0], 0.0)
     assert (config.lr_scheduler_type, config.min_lr_rate, config.warmup_ratio) == ("cosine_with_min_lr", 0.1, 0.1)

@@ -16,7 +16,7 @@ from scripted_sampler import ScriptedSampler
 from tiny_parts import small_config, tiny_parts
 
 from igrpo_lite.algorithms.replay import choose_restarts
-from igrpo_lite.algorithms.rollout import RolloutCollector, learning_groups, stage_temperature
+from igrpo_lite.algorithms.rollout import RolloutCollector, learning_groups
 from igrpo_lite.training.records import rollout_record
 from igrpo_lite.types import Completion, Group, Problem, Prompt, Score
 
@@ -153,7 +153,7 @@ def test_requests_of_a_replay(algorithm, parts):
             found = [request for request in sampler.requests if request.prompt.ids == ids]
             assert len(found) >= 3
             assert all(request.max_tokens == config.max_completion_length - replay.start for request in found)
-            temperature = stage_temperature(config, replay.group.stage)
+            temperature = config.stage_temperature(replay.group.stage)
             assert all(request.temperature == temperature for request in found)
             assert all(request.prompt.text.startswith(replay.group.prompt.text) for request in found)
     assert len(seeds) == 3 * 6 + 3 * sum(len(rollout.replays) for rollout in rollouts)
@@ -169,7 +169,7 @@ def test_the_order_of_events(parts):
     assert [len(run) for run in barrier.runs] == [3 * 3, 3 * 3, sum(replays)]
     slots = [request.tag.slot for request in barrier.runs[2]]
     assert slots == [slot for slot, count in enumerate(replays) for _ in range(count)]
-    events = [(kind, request.tag.slot, request.tag.part) for kind, request in overlap.events]
+    events = [(kind, request.tag.slot, (request.tag.stage, request.tag.replay)) for kind, request in overlap.events]
     for slot, count in enumerate(replays):
         last = max(i for i, event in enumerate(events) if event == ("sampled", slot, ("stage2", 0)))
         asked = [i for i, (kind, place, part) in enumerate(events) if (kind, place) == ("asked", slot) and part[1]]

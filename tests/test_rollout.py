@@ -2,12 +2,10 @@
 
 from __future__ import annotations
 
-import dataclasses
-
 import pytest
 from tiny_parts import small_config, tiny_parts
 
-from igrpo_lite.algorithms.rollout import RolloutCollector, stage1_size, stage2_size
+from igrpo_lite.algorithms.rollout import RolloutCollector
 
 
 def collect(config, parts, step=0, problems=None):
@@ -42,7 +40,7 @@ def test_two_stages_share_the_budget_and_the_best_draft_is_shown(parts, algorith
 
 def test_grpo_is_one_stage_with_the_whole_budget(parts):
     config = small_config(algorithm="grpo")
-    assert (stage1_size(config), stage2_size(config)) == (6, 0)
+    assert (config.n_drafts, config.n_refinements) == (6, 0)
     for rollout in collect(config, parts):
         assert len(rollout.stage1.completions) == 6
         assert rollout.stage2 is None
@@ -76,19 +74,6 @@ def test_one_problem_twice_in_a_batch_is_sampled_twice(parts):
     problem = parts.train[0]
     first, second = collect(small_config(temperature=1.5), parts, problems=[problem, problem])
     assert [c.ids for c in first.stage1.completions] != [c.ids for c in second.stage1.completions]
-
-
-def test_a_hidden_draft_leaves_the_plain_prompt(parts):
-    config = small_config(
-        draft_fallback="plain", reward_funcs=["accuracy"], reward_weights=[1.0], draft_selection="random"
-    )
-    parts_scorer = dataclasses.replace(parts, scorer=type(parts.scorer)(config, "boxed"))
-    rollouts = collect(config, parts_scorer, problems=parts.train[:8])
-    hidden = [r for r in rollouts if not r.choice.shown]
-    assert 0 < len(hidden) < len(rollouts)
-    for rollout in rollouts:
-        assert (rollout.stage2.prompt == rollout.stage1.prompt) is not rollout.choice.shown
-        assert rollout.choice.shown is (rollout.draft_score.reward > 0)
 
 
 def test_draft_temperature_changes_only_drafts(parts):

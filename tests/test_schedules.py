@@ -56,7 +56,7 @@ def collect_all(collector, problems):
 # Order of events, on a sampler whose texts follow from the request alone
 
 
-@pytest.mark.parametrize("extra", [{}, REPLAY, {"num_generations": 5, "num_drafts": 1}, {"top_p": 0.9}])
+@pytest.mark.parametrize("extra", [{}, REPLAY, {"num_generations": 5, "num_drafts": 1}])
 def test_all_schedules_make_the_same_rollouts_of_the_same_texts(extra, parts):
     """Scripted texts know of no policy, so that even ``ahead`` must be equal, in whatever order they finish."""
     problems = batches(parts, 3)
@@ -66,7 +66,7 @@ def test_all_schedules_make_the_same_rollouts_of_the_same_texts(extra, parts):
             pick = random.Random(seed).randrange if seed is not None else lambda count: 0
             sampler = scripted(parts, pick)
             rollouts = collect_all(collector_of(small_config(schedule=schedule, **extra), parts, sampler), problems)
-            asked = sorted((r.seed, r.prompt.ids, r.max_tokens, r.temperature, r.top_p) for r in sampler.requests)
+            asked = sorted((r.seed, r.prompt.ids, r.max_tokens, r.temperature) for r in sampler.requests)
             assert (rollouts, asked) == made.setdefault("first", (rollouts, asked))
             assert len(asked) == sum(rollout.sampled for step in rollouts for rollout in step)
 
@@ -75,7 +75,7 @@ def test_the_waves_of_ahead(parts):
     """The first step's drafts, and then always one step's refinements with the next step's drafts."""
     sampler = scripted(parts)
     collect_all(collector_of(small_config(schedule="ahead"), parts, sampler), batches(parts, 3))
-    waves = [sorted({(r.tag.step, r.tag.part[0]) for r in wave}) for wave in sampler.runs]
+    waves = [sorted({(r.tag.step, r.tag.stage) for r in wave}) for wave in sampler.runs]
     assert waves == [
         [(0, "stage1")],
         [(0, "stage2"), (1, "stage1")],
@@ -84,7 +84,7 @@ def test_the_waves_of_ahead(parts):
     ]
     assert [len(wave) for wave in sampler.runs] == [9, 18, 18, 9]
     for wave in sampler.runs[1:]:
-        stages = [r.tag.part[0] for r in wave]
+        stages = [r.tag.stage for r in wave]
         assert stages == sorted(stages, reverse=True), "what learns comes first"
 
 
@@ -92,7 +92,7 @@ def test_replays_of_ahead_join_the_next_drafts(parts):
     sampler = scripted(parts)
     collect_all(collector_of(small_config(schedule="ahead", **REPLAY), parts, sampler), batches(parts, 2))
     assert [len(wave) for wave in sampler.runs] == [9, 18, 9], "replays are asked for on the way, not in a wave"
-    events = [(kind, r.tag.step, r.tag.part) for kind, r in sampler.events]
+    events = [(kind, r.tag.step, (r.tag.stage, r.tag.replay)) for kind, r in sampler.events]
     replays = [place for place, (kind, _, part) in enumerate(events) if kind == "asked" and part[1]]
     assert {events[place][2][0] for place in replays} == {"stage2"}
     first_draft = events.index(("sampled", 1, ("stage1", 0)))
@@ -140,7 +140,7 @@ def test_drafts_survive_a_checkpoint_exactly(parts):
     assert any(score["reward"] is None for group in state for score in group["scores"])
     expected = one.collect(problems[2], 2)
     assert other.collect(problems[2], 2) == expected
-    assert {r.tag.part[0] for r in other.sampler.requests} == {"stage2"}, "its drafts came from the checkpoint"
+    assert {r.tag.stage for r in other.sampler.requests} == {"stage2"}, "its drafts came from the checkpoint"
     assert one.drafted() == other.drafted() == []
 
 
@@ -213,7 +213,7 @@ def sampled(monkeypatch):
 
     def watched_run(self, requests, on_finished=None, poll=None):
         def watched(request, completion):
-            if hasattr(request.tag, "part"):
+            if hasattr(request.tag, "stage"):
                 seen.append((request.tag, request.seed, pushed[id(self.replica)]))
             return on_finished(request, completion)
 
@@ -244,9 +244,9 @@ def test_refinements_of_ahead_are_on_policy_and_drafts_one_update_old(sampled, t
         assert summary["rollouts"] == len(seen) == 4 * 3 * 6
         assert len(set(policies)) == 4, "every step changed the adapter"
         for tag, _, policy in seen:
-            lag = 1 if (schedule, tag.part[0]) == ("ahead", "stage1") and tag.step else 0
+            lag = 1 if (schedule, tag.stage) == ("ahead", "stage1") and tag.step else 0
             assert policy == policies[tag.step - lag]
-        made[schedule] = {(tag.step, tag.slot, tag.part, tag.index): seed for tag, seed, _ in seen}
+        made[schedule] = {(tag.step, tag.slot, tag.stage, tag.replay, tag.index): seed for tag, seed, _ in seen}
     assert made["ahead"] == made["barrier"], "the same requests with the same seeds"
 
 
@@ -327,25 +327,6 @@ def test_a_run_stopped_ahead_may_be_ended_where_it_is_and_go_on_later(tmp_path):
     train(resolve(settings))
     train(resolve(settings | {"output_dir": str(tmp_path / "whole")}))
     assert_same(tmp_path / "whole", tmp_path / "run")
-
-
-def test_a_cut_off_is_for_training_alone_and_its_bias_is_said(say, tmp_path, monkeypatch):
-    """Evaluations stay greedy, and the probe of the sampler needs the whole distribution."""
-    seen, run = [], TransformersSampler.run
-    monkeypatch.setattr(
-        TransformersSampler, "run", lambda self, requests, *rest: seen.extend(requests) or run(self, requests, *rest)
-    )
-    code, _, shown = say(
-        **SMALL | {"max_steps": 2, "schedule": "ahead", "top_p": 0.9, "min_p": 0.02, "progress": "plain"}
-    )
-    assert code == 0
-    note = "top_p 0.9 and min_p 0.02: rollouts come from a truncated distribution, the loss assumes the full one"
-    assert note in " ".join(shown.split())
-    kinds = {(hasattr(r.tag, "part"), r.temperature, r.top_p, r.min_p) for r in seen}
-    assert kinds == {(True, 1.0, 0.9, 0.02), (False, 0.0, 1.0, 0.0), (False, 1.0, 1.0, 0.0)}
-    steps = [record for record in records(tmp_path / "run", "metrics.jsonl") if record["kind"] == "step"]
-    assert all(1e-4 < step["sampler_gap"] < 0.2 for step in steps if step["learning_sequences"])
-    assert "truncated distribution" not in say(**SMALL | {"max_steps": 1, "output_dir": "pure", "progress": "plain"})[2]
 
 
 # What it costs, in decoding steps

@@ -22,13 +22,12 @@ from igrpo_lite.algorithms.selection import (
 )
 from igrpo_lite.config import UpdateOptions
 
-CAPS = ["in_order", "random", "length_gate"]
 lengths, alphas, budgets = st.integers(0, 40), st.integers(0, 50), st.integers(0, 50)
 seeds = st.integers(0, 2**32)
 
 
-def sgrpo(alpha, p, k=0, cap="in_order", norm="selected"):
-    return UpdateOptions(sgrpo_alpha=alpha, sgrpo_p=p, sgrpo_k=k, sgrpo_cap=cap, sgrpo_norm=norm)
+def sgrpo(alpha, p, k=0):
+    return UpdateOptions(sgrpo_alpha=alpha, sgrpo_p=p, sgrpo_k=k)
 
 
 def test_all_tokens():
@@ -37,87 +36,54 @@ def test_all_tokens():
 
 
 @settings(deadline=None)
-@given(lengths, st.floats(-3, 3), st.sampled_from(["selected", "ht"]), st.integers(0, 50), st.sampled_from(CAPS), seeds)
-def test_everything_chosen_is_grpo(length, advantage, norm, alpha, cap, seed):
+@given(lengths, st.floats(-3, 3), st.integers(0, 50), seeds)
+def test_everything_chosen_is_grpo(length, advantage, alpha, seed):
     """P = 1, or alpha beyond the end: equal, not merely close."""
     rng = random.Random(seed)
     expected = all_tokens(length, advantage)
-    assert stochastic_tokens(length, advantage, sgrpo(alpha, 1.0, 0, cap, norm), rng) == expected
-    assert stochastic_tokens(length, advantage, sgrpo(length + alpha, 0.3, 0, cap, norm), rng) == expected
+    assert stochastic_tokens(length, advantage, sgrpo(alpha, 1.0), rng) == expected
+    assert stochastic_tokens(length, advantage, sgrpo(length + alpha, 0.3), rng) == expected
 
 
 @settings(max_examples=300, deadline=None)
-@given(lengths, alphas, st.floats(0, 1), budgets, st.sampled_from(CAPS), seeds)
-def test_modes_against_the_definition_token_by_token(length, alpha, p, k, cap, seed):
-    found = sgrpo_indices(length, alpha, p, k, cap, random.Random(seed))
+@given(lengths, alphas, st.floats(0, 1), budgets, seeds)
+def test_the_definition_token_by_token(length, alpha, p, k, seed):
     rng = random.Random(seed)
-    chosen, spent = [], 0
+    chosen = []
     for t in range(length):
         wanted = t < alpha or rng.random() < p
-        if cap == "length_gate":
-            inside = k == 0 or t < alpha or (t < k and length < k)
-        elif cap == "in_order":
-            inside = k == 0 or spent < k
-        else:
-            inside = True
-        if wanted and inside:
+        if wanted and (k == 0 or len(chosen) < k):
             chosen.append(t)
-            spent += 1
-    if cap != "random" or k == 0 or len(chosen) <= k:
-        assert found == chosen
-        return
-    assert len(found) == k
-    assert found == sorted(set(found))
-    assert set(found) <= set(chosen)
-    assert set(range(min(alpha, length, k))) <= set(found)
+    assert sgrpo_indices(length, alpha, p, k, random.Random(seed)) == chosen
 
 
 @settings(deadline=None)
-@given(lengths, alphas, st.floats(0, 1), st.integers(1, 50), st.sampled_from(["in_order", "random"]), seeds)
-def test_never_more_than_k(length, alpha, p, k, cap, seed):
-    found = sgrpo_indices(length, alpha, p, k, cap, random.Random(seed))
+@given(lengths, alphas, st.floats(0, 1), st.integers(1, 50), seeds)
+def test_never_more_than_k(length, alpha, p, k, seed):
+    found = sgrpo_indices(length, alpha, p, k, random.Random(seed))
     assert len(found) <= k
     assert all(0 <= t < length for t in found)
-
-
-def test_the_length_gate_by_hand():
-    """IAPO's rule: tokens from alpha on learn below k only, and only in completions shorter than k."""
-    assert sgrpo_indices(6, 2, 1.0, 7, "length_gate", random.Random(0)) == [0, 1, 2, 3, 4, 5]
-    assert sgrpo_indices(7, 2, 1.0, 7, "length_gate", random.Random(0)) == [0, 1]
-    assert sgrpo_indices(7, 5, 1.0, 3, "length_gate", random.Random(0)) == [0, 1, 2, 3, 4]
 
 
 def binomial(n, p, at):
     return math.comb(n, at) * p**at * (1 - p) ** (n - at) if 0 <= at <= n else 0.0
 
 
-def inclusion(length, alpha, p, k, cap, t):
+def inclusion(alpha, p, k, t):
     """The exact probability that token t is chosen."""
     if t < alpha or not k:
         return (1.0 if t < alpha else p) if not k or t < k else 0.0
-    room, drawn = max(0, k - alpha), length - alpha
-    if cap == "in_order":
-        return p * sum(binomial(t - alpha, p, before) for before in range(room))
-    return sum(min(count, room) * binomial(drawn, p, count) for count in range(drawn + 1)) / drawn
+    return p * sum(binomial(t - alpha, p, before) for before in range(max(0, k - alpha)))
 
 
-@pytest.mark.parametrize(
-    ("alpha", "p", "k", "cap"),
-    [
-        (0, 0.4, 0, "in_order"),
-        (7, 0.5, 0, "random"),
-        (7, 0.5, 15, "in_order"),
-        (7, 0.5, 15, "random"),
-        (20, 0.5, 15, "random"),
-    ],
-)
-def test_frequency_of_every_token(alpha, p, k, cap):
+@pytest.mark.parametrize(("alpha", "p", "k"), [(0, 0.4, 0), (7, 0.5, 0), (7, 0.5, 15), (20, 0.5, 15)])
+def test_frequency_of_every_token(alpha, p, k):
     length, draws = 40, 4000
     counts = [0] * length
     for seed in range(draws):
-        for t in sgrpo_indices(length, alpha, p, k, cap, random.Random(seed)):
+        for t in sgrpo_indices(length, alpha, p, k, random.Random(seed)):
             counts[t] += 1
-    expected = [inclusion(length, alpha, p, k, cap, t) for t in range(length)]
+    expected = [inclusion(alpha, p, k, t) for t in range(length)]
     for count, chance in zip(counts, expected, strict=True):
         # Out of 40 places one beyond 3 sigma is to be expected now and then; beyond 4.5 none is.
         assert abs(count - draws * chance) <= 4.5 * math.sqrt(draws * chance * (1 - chance)) + 1e-9
@@ -127,31 +93,24 @@ def test_frequency_of_every_token(alpha, p, k, cap):
 
 
 def test_reproducible():
-    drawn = [stochastic_tokens(200, 1.0, sgrpo(3, 0.5, 40, "random"), random.Random(seed)) for seed in (1, 1, 2)]
+    drawn = [stochastic_tokens(200, 1.0, sgrpo(3, 0.5, 40), random.Random(seed)) for seed in (1, 1, 2)]
     assert drawn[0] == drawn[1]
     assert drawn[0] != drawn[2]
 
 
-@pytest.mark.parametrize(("norm", "count"), [("selected", 0.0), ("ht", 9.0)])
-def test_nothing_chosen(norm, count):
-    assert stochastic_tokens(9, 1.0, sgrpo(0, 0.0, 0, norm=norm), random.Random(0)) == Learning((), (), (), count)
+def test_nothing_chosen():
+    assert stochastic_tokens(9, 1.0, sgrpo(0, 0.0), random.Random(0)) == Learning((), (), (), 0.0)
 
 
 def test_nothing_there():
-    for norm in ("selected", "ht"):
-        assert stochastic_tokens(0, 1.0, sgrpo(2, 0.5, 0, norm=norm), random.Random(0)) == all_tokens(0, 1.0)
+    assert stochastic_tokens(0, 1.0, sgrpo(2, 0.5), random.Random(0)) == all_tokens(0, 1.0)
 
 
 def test_weights_and_count():
-    chosen = sgrpo_indices(30, 4, 0.25, 0, "in_order", random.Random(5))
-    selected = stochastic_tokens(30, 0.5, sgrpo(4, 0.25), random.Random(5))
-    weighted = stochastic_tokens(30, 0.5, sgrpo(4, 0.25, norm="ht"), random.Random(5))
+    chosen = sgrpo_indices(30, 4, 0.25, 0, random.Random(5))
     assert 4 < len(chosen) < 30
-    assert selected == Learning(tuple(chosen), (1.0,) * len(chosen), (0.5,) * len(chosen), float(len(chosen)))
-    assert weighted.indices == selected.indices
-    assert weighted.advantages == selected.advantages
-    assert weighted.weights == tuple(1.0 if t < 4 else 4.0 for t in chosen)
-    assert weighted.count == 30.0
+    found = stochastic_tokens(30, 0.5, sgrpo(4, 0.25), random.Random(5))
+    assert found == Learning(tuple(chosen), (1.0,) * len(chosen), (0.5,) * len(chosen), float(len(chosen)))
 
 
 class Script(random.Random):
@@ -165,13 +124,13 @@ class Script(random.Random):
         return next(self.draws)
 
 
-def expected_estimate(values, alpha, p, norm, cap="in_order", k=0):
+def expected_estimate(values, alpha, p):
     """Exact expectation, over all subsets, of what a completion contributes: ``1/T sum_t w_t A_t x_t``."""
     total = mass = 0.0
     for taken in product([True, False], repeat=len(values) - alpha):
         # Just below p, and p itself: the edge of the comparison.
         draws = [math.nextafter(p, 0.0) if take else p for take in taken]
-        learning = stochastic_tokens(len(values), 1.5, sgrpo(alpha, p, k, cap, norm), Script(draws))
+        learning = stochastic_tokens(len(values), 1.5, sgrpo(alpha, p), Script(draws))
         chance = math.prod(p if take else 1.0 - p for take in taken)
         terms = zip(learning.indices, learning.weights, learning.advantages, strict=True)
         total += chance * sum(w * a * values[t] for t, w, a in terms) / max(learning.count, 1.0)
@@ -180,26 +139,12 @@ def expected_estimate(values, alpha, p, norm, cap="in_order", k=0):
     return total
 
 
-@pytest.mark.parametrize("p", [0.25, 0.4, 0.9])
-@pytest.mark.parametrize("alpha", [0, 3])
-def test_horvitz_thompson_is_unbiased(alpha, p):
-    rng = random.Random(4)
-    values = [rng.uniform(-2, 2) for _ in range(9)]
-    assert expected_estimate(values, alpha, p, "ht") == pytest.approx(1.5 * sum(values) / 9, abs=1e-12)
-
-
 def test_mean_over_the_chosen_favours_the_beginning():
-    """The bias that is part of S-GRPO, and gone with Horvitz-Thompson weights."""
+    """The bias that is part of S-GRPO."""
     values = [1.0] * 3 + [0.0] * 6  # what the leading tokens contribute
-    share = expected_estimate(values, 3, 0.5, "selected") / 1.5
+    share = expected_estimate(values, 3, 0.5) / 1.5
     assert share == pytest.approx(sum(binomial(6, 0.5, n) * 3 / (3 + n) for n in range(7)))
     assert share > 3 / 9 + 0.1
-
-
-def test_a_cap_takes_the_unbiasedness_away():
-    """Why the settings refuse ``ht`` with k."""
-    capped = expected_estimate([1.0] * 8, 0, 0.5, "ht", k=3)
-    assert capped < 1.5 - 0.2
 
 
 @settings(deadline=None)

@@ -98,9 +98,6 @@ def test_drafts_and_refinements_are_logged_apart(tmp_path):
 
 
 OPTIONS: list[tuple[dict[str, Any], Any]] = [
-    ({"draft_tie_break": "shortest"}, lambda length: 1.0),
-    ({"draft_selection": "worst_formatted"}, lambda length: length / 28),
-    ({"draft_fallback": "plain"}, lambda length: float(length == 23)),
     ({"truncated_drafts": "allow"}, lambda length: length / 28),
     ({"max_draft_length": 5}, lambda length: length / 28),
 ]
@@ -133,7 +130,7 @@ def test_other_choices_are_those_of_choose_draft(tmp_path, option, grade):
             ids = drafts[choice.index].ids
             ids = ids[-option.get("max_draft_length", 0) :] if prompts is expected else ids
             text = tokenizer().decode(ids, skip_special_tokens=True).strip()
-            prompts.append(rendered(row["prompt"], text if choice.shown else None))
+            prompts.append(rendered(row["prompt"], text))
     assert unpadded(output, "prompt")[::2] == expected
     assert expected != usual  # the option decided something
 
@@ -237,7 +234,7 @@ def test_evaluation_has_both_stages_too(tmp_path):
 
 
 def test_a_resumed_run_equals_one_that_never_stopped(tmp_path):
-    settings = {"max_steps": 4, "save_strategy": "steps", "save_steps": 2, "draft_tie_break": "random"}
+    settings = {"max_steps": 4, "save_strategy": "steps", "save_steps": 2, "draft_selection": "random"}
     whole = trainer_of(tmp_path, **settings)
     whole.train()
     resumed = trainer_of(tmp_path, **settings)
@@ -326,7 +323,7 @@ def test_drafts_that_nothing_scored_are_all_alike(tmp_path):
     trainer.log({})
     log = trainer.state.log_history[-1]
     assert log["drafts/reward"] is log["drafts/chosen_reward"] is None
-    assert log["drafts/tied"] == log["drafts/shown"] == 1
+    assert log["drafts/tied"] == 1
 
 
 def test_the_script_in_the_docs_runs(tmp_path, monkeypatch):

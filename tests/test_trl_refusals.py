@@ -36,11 +36,11 @@ def test_settings_are_those_of_our_own_trainer_and_in_the_docs():
 
 
 def test_trls_parser_reads_flags_and_files(tmp_path):
-    settings = {"output_dir": str(tmp_path), "use_cpu": True, "num_drafts": 6, "draft_tie_break": "shortest"}
+    settings = {"output_dir": str(tmp_path), "use_cpu": True, "num_drafts": 6, "draft_selection": "random"}
     (tmp_path / "run.yaml").write_text(json.dumps(settings))
     flags = ["--config", str(tmp_path / "run.yaml"), "--num_drafts", "5", "--num_generations", "4"]
     (args,) = TrlParser((IGRPOConfig,)).parse_args_and_config(flags)
-    assert (args.num_drafts, args.num_generations, args.draft_tie_break) == (5, 4, "shortest")
+    assert (args.num_drafts, args.num_generations, args.draft_selection) == (5, 4, "random")
     assert IGRPOConfig(str(tmp_path), num_generations=4, use_cpu=True).num_drafts == 4
 
 

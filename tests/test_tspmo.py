@@ -28,12 +28,7 @@ tokens = st.lists(st.integers(0, VOCAB - 1), max_size=6)
 reward = st.integers(-4, 4).map(lambda n: n / 4)
 any_group = st.lists(st.tuples(tokens, reward), min_size=1, max_size=12)  # some end inside others
 ended_group = st.lists(st.tuples(tokens.map(lambda ids: [*ids, END]), reward), min_size=1, max_size=12)
-options = st.builds(
-    UpdateOptions,
-    tspmo_baseline=st.sampled_from(["visits", "children", "leave_one_out"]),
-    tspmo_weight=st.sampled_from(["unique", "count"]),
-    tspmo_min_visits=st.integers(2, 4),
-)
+options = st.builds(UpdateOptions, tspmo_min_visits=st.integers(2, 4))
 many = settings(max_examples=300, deadline=None)
 
 
@@ -55,7 +50,7 @@ def mean(values):
 
 
 def oracle(completions, rewards, options, start=0):
-    """The definition, prefix by prefix: (row, index, advantage, weight, visits) of every pair that learns."""
+    """The definition, prefix by prefix: (row, index, advantage, visits) of every pair that learns."""
     rows = through(completions)
     found = []
     for prefix, members in rows.items():
@@ -67,26 +62,15 @@ def oracle(completions, rewards, options, start=0):
         for token, takers in ways.items():
             if token is None:
                 continue
-            if options.tspmo_baseline == "leave_one_out":
-                advantages = [
-                    Fraction(rewards[row]) - mean([rewards[other] for other in members if other != row])
-                    for row in takers
-                ]
-                advantage = mean(advantages)
-            elif options.tspmo_baseline == "children":
-                own = {way: mean([rewards[row] for row in owners]) for way, owners in ways.items()}
-                advantage = own[token] - mean(own.values())
-            else:
-                advantage = mean([rewards[row] for row in takers]) - mean([rewards[row] for row in members])
+            advantage = mean([rewards[row] for row in takers]) - mean([rewards[row] for row in members])
             if advantage:
-                weight = 1 if options.tspmo_weight == "unique" else len(takers)
-                found.append((takers[0], len(prefix), advantage, weight, len(members)))
+                found.append((takers[0], len(prefix), advantage, len(members)))
     return sorted(found)
 
 
 def assert_same(found, expected):
-    assert [(p.row, p.index, p.weight, p.visits) for p in found] == [(r, t, w, n) for r, t, _, w, n in expected]
-    assert [p.advantage for p in found] == pytest.approx([float(a) for _, _, a, _, _ in expected], abs=1e-12)
+    assert [(p.row, p.index, p.visits) for p in found] == [(r, t, n) for r, t, _, n in expected]
+    assert [p.advantage for p in found] == pytest.approx([float(a) for _, _, a, _ in expected], abs=1e-12)
 
 
 def by_pair(completions, pairs):
@@ -120,54 +104,39 @@ def test_long_completions_equal_it_too(seed, options, start):
 def test_by_hand():
     completions, rewards = [(1, 2, 9), (1, 3, 9), (1, 2, 4, 9), (5, 9)], [1.0, 0.0, 0.0, 1.0]
     # V: root 1/2; (1) 1/3; (1,2) 1/2
-    pairs = transitions(completions, rewards, UpdateOptions(tspmo_weight="count"))
+    pairs = transitions(completions, rewards, UpdateOptions())
     assert_same(
         pairs,
         [
-            (0, 0, Fraction(-1, 6), 3, 4),
-            (0, 1, Fraction(1, 6), 2, 3),
-            (0, 2, Fraction(1, 2), 1, 2),
-            (1, 1, Fraction(-1, 3), 1, 3),
-            (2, 2, Fraction(-1, 2), 1, 2),
-            (3, 0, Fraction(1, 2), 1, 4),
+            (0, 0, Fraction(-1, 6), 4),
+            (0, 1, Fraction(1, 6), 3),
+            (0, 2, Fraction(1, 2), 2),
+            (1, 1, Fraction(-1, 3), 3),
+            (2, 2, Fraction(-1, 2), 2),
+            (3, 0, Fraction(1, 2), 4),
         ],
     )
-    learning = prefix_matching(completions, rewards, UpdateOptions(tspmo_weight="count"))
+    learning = prefix_matching(completions, rewards, UpdateOptions())
     assert learning[0].indices == (0, 1, 2)
-    assert learning[0].weights == (3.0, 2.0, 1.0)
+    assert learning[0].weights == (1.0, 1.0, 1.0)
     assert learning[0].advantages == pytest.approx((-1 / 6, 1 / 6, 1 / 2))
-    assert [row.count for row in learning] == [6.0, 1.0, 1.0, 1.0]
-    assert [row.count for row in prefix_matching(completions, rewards, UpdateOptions())] == [3.0, 1.0, 1.0, 1.0]
-
-
-def test_baselines_by_hand():
-    completions, rewards = [(1, 9), (1, 8), (1, 7), (2, 9)], [1.0, 0.0, 0.5, 0.75]
-    advantages = {}
-    for baseline in ("visits", "children", "leave_one_out"):
-        pairs = transitions(completions, rewards, UpdateOptions(tspmo_baseline=baseline))
-        advantages[baseline] = by_pair(completions, pairs)
-    root = 2.25 / 4
-    assert advantages["visits"][(1,)] == pytest.approx(0.5 - root)
-    assert advantages["children"][(1,)] == pytest.approx(0.5 - (0.5 + 0.75) / 2)
-    assert advantages["leave_one_out"][(2,)] == pytest.approx(0.75 - 1.5 / 3)
-    assert advantages["leave_one_out"][(1, 9)] == pytest.approx(1.0 - 0.25)
+    assert [row.count for row in learning] == [3.0, 1.0, 1.0, 1.0]
 
 
 @many
-@given(any_group, st.sampled_from(["visits", "leave_one_out"]))
-def test_advantages_of_a_node_sum_to_zero_by_count(group, baseline):
+@given(any_group)
+def test_advantages_of_a_node_sum_to_zero_by_count(group):
     """An end is a continuation too; only it has no token to show its share on."""
     completions, rewards = split(group)
     rows = through(completions)
-    table = by_pair(completions, transitions(completions, rewards, UpdateOptions(tspmo_baseline=baseline)))
+    table = by_pair(completions, transitions(completions, rewards, UpdateOptions()))
     for prefix, members in rows.items():
         ended = [rewards[row] for row in members if completions[row] == prefix]
         if len(ended) == len(members):
             continue
         following = {completions[row][: len(prefix) + 1] for row in members if completions[row] != prefix}
         total = sum(len(rows[longer]) * table.get(longer, 0.0) for longer in following)
-        scale = 1 if baseline == "visits" else Fraction(len(members), max(1, len(members) - 1))
-        share = scale * sum(Fraction(r) - mean([rewards[row] for row in members]) for r in ended)
+        share = sum(Fraction(r) - mean([rewards[row] for row in members]) for r in ended)
         assert total + float(share) == pytest.approx(0.0, abs=1e-9)
 
 
@@ -208,13 +177,10 @@ def test_the_bound_is_reached():
 def test_duplicates_collapse(group, options, copies):
     """Sampling everything ``copies`` times changes no value, and nothing is counted twice."""
     completions, rewards = split(group)
-    options = options.model_copy(update={"tspmo_min_visits": 2, "tspmo_baseline": "visits"})
+    options = options.model_copy(update={"tspmo_min_visits": 2})
     once = transitions(completions, rewards, options)
     again = transitions(completions * copies, rewards * copies, options)
-    factor = copies if options.tspmo_weight == "count" else 1
-    assert [(p.row, p.index, p.weight * factor, p.visits * copies) for p in once] == [
-        (p.row, p.index, p.weight, p.visits) for p in again
-    ]
+    assert [(p.row, p.index, p.visits * copies) for p in once] == [(p.row, p.index, p.visits) for p in again]
     assert [p.advantage for p in again] == pytest.approx([p.advantage for p in once], abs=1e-12)
 
 
@@ -234,7 +200,7 @@ def test_means_that_differ_by_rounding_only_are_equal():
     """Accuracy 1 and format 0.1, in one completion or spread over two: 0.55 either way, but not in float32."""
     rewards = torch.tensor([1.1, 0.0, 1.0, 0.1]).tolist()
     assert sum(rewards[:2]) != sum(rewards[2:])
-    pairs = transitions([(1, 8), (1, 9), (2, 8), (2, 9)], rewards, UpdateOptions(tspmo_baseline="leave_one_out"))
+    pairs = transitions([(1, 8), (1, 9), (2, 8), (2, 9)], rewards, UpdateOptions())
     assert {p.index for p in pairs} == {1}
     assert len(transitions([(1,), (2,)], [0.7, 0.701], UpdateOptions())) == 2
 
@@ -249,17 +215,12 @@ def test_end_token_against_going_on():
     assert learning == [Learning((1,), (1.0,), (0.5,), 1.0), Learning((1,), (1.0,), (-0.5,), 1.0)]
 
 
-@pytest.mark.parametrize(
-    ("baseline", "advantage"),
-    [("visits", 0.0 - 2 / 3), ("children", 0.0 - 1 / 2), ("leave_one_out", 0.0 - 2 / 2)],
-)
-def test_a_completion_cut_inside_another(baseline, advantage):
+def test_a_completion_cut_inside_another():
     """Ending is one of the continuations of (4,), without a token; going on is judged against it."""
-    options = UpdateOptions(tspmo_baseline=baseline)
-    learning = prefix_matching([(4,), (4, 5, END), (4,)], [1.0, 0.0, 1.0], options)
+    learning = prefix_matching([(4,), (4, 5, END), (4,)], [1.0, 0.0, 1.0], UpdateOptions())
     assert learning[0] == learning[2] == NOTHING
     assert learning[1].indices == (1,)
-    assert learning[1].advantages == pytest.approx((advantage,))
+    assert learning[1].advantages == pytest.approx((-2 / 3,))
 
 
 def test_an_empty_completion_ends_at_the_root():
@@ -273,8 +234,8 @@ def test_replay_is_the_trie_of_the_continuations(group, options, prefix):
     completions, rewards = split(group)
     replayed = [(*prefix, *ids) for ids in completions]
     found = transitions(replayed, rewards, options, start=len(prefix))
-    assert [(p.row, p.index - len(prefix), p.advantage, p.weight, p.visits) for p in found] == [
-        (p.row, p.index, p.advantage, p.weight, p.visits) for p in transitions(completions, rewards, options)
+    assert [(p.row, p.index - len(prefix), p.advantage, p.visits) for p in found] == [
+        (p.row, p.index, p.advantage, p.visits) for p in transitions(completions, rewards, options)
     ]
 
 
@@ -339,7 +300,7 @@ def test_contributions_are_the_transitions_by_row(group, options):
     for row, found in enumerate(learning):
         own = [pair for pair in pairs if pair.row == row]
         assert found.indices == tuple(pair.index for pair in own) == tuple(sorted(set(found.indices)))
-        assert found.weights == tuple(pair.weight for pair in own)
+        assert found.weights == (1.0,) * len(own)
         assert found.advantages == tuple(pair.advantage for pair in own)
         assert found.count == sum(found.weights)
 
@@ -368,26 +329,24 @@ def log_policy(completions):
 
 
 @settings(max_examples=60, deadline=None)
-@given(any_group.filter(lambda group: len(group) > 1), st.sampled_from(["visits", "leave_one_out"]))
-def test_count_weights_are_reinforce_with_the_prefix_baseline(group, baseline):
+@given(any_group.filter(lambda group: len(group) > 1))
+def test_each_transition_once_for_every_taker_is_reinforce_with_the_prefix_baseline(group):
     """``sum_i sum_t (r_i - b(p_it)) grad log pi``, over every token of every completion; b is the mean reward of the
-    completions through the prefix, or of the other ones."""
+    completions through the prefix."""
     completions, rewards = split(group)
     rows = through(completions)
     logits, log_pi = log_policy(completions)
     reinforce = logits.sum() * 0.0
     for row, ids in enumerate(completions):
         for index in range(len(ids)):
-            members = [r for r in rows[ids[:index]] if baseline == "visits" or r != row]
-            if members:  # a completion alone in its branch has no others to compare with
-                reinforce += float(rewards[row] - mean([rewards[r] for r in members])) * log_pi(ids, index)
+            baseline = mean([rewards[r] for r in rows[ids[:index]]])
+            reinforce += float(rewards[row] - baseline) * log_pi(ids, index)
     (expected,) = torch.autograd.grad(reinforce, logits)
 
     logits, log_pi = log_policy(completions)
-    options = UpdateOptions(tspmo_baseline=baseline, tspmo_weight="count")
     objective = logits.sum() * 0.0
-    for ids, learning in zip(completions, prefix_matching(completions, rewards, options), strict=True):
-        for index, weight, advantage in zip(learning.indices, learning.weights, learning.advantages, strict=True):
-            objective += weight * advantage * log_pi(ids, index)
+    for ids, learning in zip(completions, prefix_matching(completions, rewards, UpdateOptions()), strict=True):
+        for index, advantage in zip(learning.indices, learning.advantages, strict=True):
+            objective += len(rows[ids[: index + 1]]) * advantage * log_pi(ids, index)
     (found,) = torch.autograd.grad(objective, logits)
     torch.testing.assert_close(found, expected, atol=1e-9, rtol=0)

@@ -97,17 +97,12 @@ METHODS: list[tuple[str, dict[str, Any]]] = [
     *(("igrpo", {"loss_type": loss, "beta": 0.05}) for loss in LOSSES),
     *(("igrpo-joint", {"loss_type": loss} | SGRPO) for loss in LOSSES),
     ("grpo", {"scale_rewards": "batch", "mask_truncated_completions": True}),
-    ("grpo", SGRPO | {"sgrpo_norm": "ht", "beta": 0.05}),
+    ("grpo", SGRPO | {"beta": 0.05}),
     ("grpo", SGRPO | {"sgrpo_k": 8}),
-    ("igrpo", SGRPO | {"sgrpo_k": 8, "sgrpo_cap": "random"}),
-    ("igrpo", SGRPO | {"sgrpo_k": 22, "sgrpo_cap": "length_gate"}),
     ("grpo", {"tokens": "t-spmo"}),
-    ("igrpo", {"tokens": "t-spmo", "tspmo_weight": "count", "tspmo_baseline": "children", "beta": 0.05}),
+    ("igrpo", {"tokens": "t-spmo", "beta": 0.05}),
     ("igrpo-joint", {"tokens": "t-spmo", "tspmo_min_visits": 3, "draft_temperature": 0.8}),
     ("igrpo-joint", {"draft_temperature": 0.8}),
-    ("igrpo-joint", {"joint_groups": "pooled"}),
-    ("igrpo", {"stage2_baseline": "draft"} | SGRPO),
-    ("igrpo", {"plain_refinements": 0.5, "loss_type": "dapo"}),
 ]
 
 
@@ -258,9 +253,8 @@ def test_the_memory_dial_does_not_change_the_gradient(parts, collect, settings):
 
 
 @pytest.mark.parametrize("algorithm", ALGORITHMS)
-@pytest.mark.parametrize("norm", ["selected", "ht"])
-def test_sgrpo_of_all_tokens_is_grpo_bit_for_bit(parts, collect, algorithm, norm):
-    everything = {"tokens": "s-grpo", "sgrpo_alpha": 0, "sgrpo_p": 1.0, "sgrpo_k": 0, "sgrpo_norm": norm}
+def test_sgrpo_of_all_tokens_is_grpo_bit_for_bit(parts, collect, algorithm):
+    everything = {"tokens": "s-grpo", "sgrpo_alpha": 0, "sgrpo_p": 1.0, "sgrpo_k": 0}
     found, expected = (
         run_update(config_of(algorithm, **settings), parts.policy, collect(algorithm)) for settings in (everything, {})
     )

@@ -14,8 +14,8 @@ from torch.nn.utils.rnn import pad_sequence
 
 from igrpo_lite.algorithms.learning import LearningSequence, totals
 from igrpo_lite.algorithms.objectives import reduce_loss, sampler_weights, token_loss
-from igrpo_lite.algorithms.rollout import Rollout, RolloutCollector, learning_stages
-from igrpo_lite.config import RunConfig
+from igrpo_lite.algorithms.rollout import Rollout, RolloutCollector
+from igrpo_lite.config import LEARNING_STAGES, RunConfig
 from igrpo_lite.policy.loading import Policy
 from igrpo_lite.training.prepare import Prepared
 from igrpo_lite.training.update import PolicyUpdate, UpdateStats
@@ -39,7 +39,7 @@ def rollouts_of(parts: Prepared) -> Collect:
             rollouts = collector.collect(parts.train[:24], 0)
             mixed = [r for r in rollouts if all(len({s.reward for s in group.scores}) > 1 for group in r.groups)]
             assert len(mixed) >= 3
-            stages = learning_stages(algorithm)
+            stages = LEARNING_STAGES[algorithm]
             found[algorithm] = [
                 dataclasses.replace(r, replays=tuple(x for x in r.replays if x.group.stage in stages))
                 for r in mixed[:3]

@@ -14,12 +14,11 @@ import random
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
 
-import torch
 from torch import Tensor
 
 from igrpo_lite.algorithms.advantages import advantages, reward_tensor
 from igrpo_lite.algorithms.objectives import Totals
-from igrpo_lite.algorithms.rollout import Rollout, learning_groups, stage_temperature
+from igrpo_lite.algorithms.rollout import Rollout, learning_groups
 from igrpo_lite.algorithms.selection import Learning, all_tokens, stochastic_tokens
 from igrpo_lite.algorithms.tspmo import prefix_matching
 from igrpo_lite.config import RunConfig
@@ -32,16 +31,12 @@ _NOTHING = Learning((), (), (), 0.0)
 
 @dataclass(frozen=True, slots=True)
 class LearningSequence:
-    """A completion, the prompt it is learned under, and its share of the loss.
-
-    ``foreign``: it was sampled under another prompt, so that its log-probabilities differ by more than rounding.
-    """
+    """A completion, its prompt, and its share of the loss."""
 
     prompt: Prompt
     completion: Completion
     temperature: float
     learning: Learning
-    foreign: bool = False
 
     @property
     def branch(self) -> Branch:
@@ -66,56 +61,19 @@ def learning_sequences(rollouts: Sequence[Rollout], config: RunConfig, step: int
                 seed = request_seed(config.seed, "tokens", step, place, group.problem.id, group.stage, index)
                 learning = _selected(completion, advantage, config, random.Random(seed))
                 found.append(_sequence(rollout, group, completion, learning, config))
-        found += plain_refinements(rollout, config, step, place)
-    return found
-
-
-def plain_refinements(rollout: Rollout, config: RunConfig, step: int, place: int) -> list[LearningSequence]:
-    """Refinements that earned more than the mean draft, to be learned under the question alone (a variant of ours).
-
-    Their advantage is ``plain_refinements`` times what they earned more. The sampler's probabilities are those under
-    the prompt with the draft, so its correction (``importance_sampling_mode``) is the importance weight. The ``place``
-    of the rollout in its ``step`` only seeds the tokens that S-GRPO draws.
-    """
-    group = rollout.stage2
-    if not config.plain_refinements or group is None or group.prompt == rollout.stage1.prompt:
-        return []
-    mean = float(reward_tensor(rollout.stage1.scores).nanmean())
-    found = []
-    for index, (completion, reward) in enumerate(
-        zip(group.completions, reward_tensor(group.scores).tolist(), strict=True)
-    ):
-        if reward > mean:
-            seed = request_seed(config.seed, "tokens", step, place, group.problem.id, "plain", index)
-            advantage = config.plain_refinements * (reward - mean)
-            learning = _selected(completion, advantage, config, random.Random(seed))
-            temperature = stage_temperature(config, "stage2")
-            found.append(LearningSequence(rollout.stage1.prompt, completion, temperature, learning, foreign=True))
     return found
 
 
 def _advantages(rollouts: Sequence[Rollout], config: RunConfig) -> list[list[Tensor]]:
     """Advantages of each learning group of each rollout, ``[G]``."""
     rewards = [[reward_tensor(g.scores) for g in learning_groups(r, config.algorithm)] for r in rollouts]
-    pools = [[torch.cat(groups)] for groups in rewards] if config.joint_groups == "pooled" else rewards
-    scaled = iter(advantages([pool for groups in pools for pool in groups], config.scale_rewards))
-    found = []
-    for rollout, groups in zip(rollouts, rewards, strict=True):
-        if config.joint_groups == "pooled":
-            rows = list(next(scaled).split([len(group) for group in groups]))
-        else:
-            rows = [next(scaled) for _ in groups]
-        draft = rollout.draft_score if rollout.choice is not None and rollout.choice.shown else None
-        if config.stage2_baseline == "draft" and draft is not None and draft.reward is not None:
-            rows[-1] = (groups[-1] - draft.reward).nan_to_num(0.0)  # undivided: a group of equal rewards has no spread
-        found.append(rows)
-    return found
+    scaled = iter(advantages([group for groups in rewards for group in groups], config.scale_rewards))
+    return [[next(scaled) for _ in groups] for groups in rewards]
 
 
 def totals(sequences: Sequence[LearningSequence]) -> Totals:
     """What the losses of a step are divided by: what was sampled to learn from."""
-    own = [sequence for sequence in sequences if not sequence.foreign]
-    return Totals(len(own), sum(sequence.learning.count for sequence in own))
+    return Totals(len(sequences), sum(sequence.learning.count for sequence in sequences))
 
 
 def teaching(sequences: Sequence[LearningSequence], beta: float) -> list[LearningSequence]:
@@ -148,5 +106,5 @@ def _prefix_matched(rollout: Rollout, config: RunConfig) -> list[LearningSequenc
 def _sequence(
     rollout: Rollout, group: Group, completion: Completion, learning: Learning, config: RunConfig
 ) -> LearningSequence:
-    temperature = stage_temperature(config, group.stage, rollout.stage2 is None)
+    temperature = config.stage_temperature(group.stage, rollout.stage2 is None)
     return LearningSequence(group.prompt, completion, temperature, learning)

@@ -11,12 +11,10 @@ import random
 from collections.abc import Sequence
 from dataclasses import dataclass
 from statistics import fmean
-from typing import TYPE_CHECKING
 
+from igrpo_lite.algorithms.groups import Groups, Place
+from igrpo_lite.algorithms.plans import All, Plan
 from igrpo_lite.types import Completion, Group, Prompt
-
-if TYPE_CHECKING:
-    from transformers import PreTrainedTokenizerBase
 
 
 @dataclass(frozen=True, slots=True)
@@ -72,15 +70,21 @@ def choose_restarts(group: Group, rng: random.Random) -> list[Restart]:
     return [Restart(source, rng.randint(1, len(group.completions[source].ids) - 1)) for source in sources]
 
 
-def restart_prompt(prompt: Prompt, prefix: Sequence[int], tokenizer: PreTrainedTokenizerBase) -> Prompt:
-    """``prompt`` with the first tokens of a completion behind it, token by token as they were sampled."""
-    return Prompt(prompt.text + tokenizer.decode(list(prefix)), prompt.ids + tuple(prefix))
+def replay(groups: Groups, p: Place, group: Group, restarts: Sequence[Restart]) -> Plan[tuple[Replay, ...]]:
+    """Sample and score fresh continuations at each restart in a group."""
+    replays = yield All([_replay(groups, p, group, number, at) for number, at in enumerate(restarts, start=1)])
+    return tuple(replays)
 
 
-def whole_completion(
-    source: Completion, start: int, continuation: Completion, tokenizer: PreTrainedTokenizerBase
-) -> Completion:
-    """The first ``start`` tokens of ``source`` and a continuation of them, as if sampled in one piece."""
-    ids = source.ids[:start] + continuation.ids
-    text = tokenizer.decode(list(ids), skip_special_tokens=True)
-    return Completion(ids, text, source.logprobs[:start] + continuation.logprobs, continuation.finish)
+def _replay(groups: Groups, p: Place, group: Group, number: int, at: Restart) -> Plan[Replay]:
+    source, config, tokenizer = group.completions[at.source], groups.config, groups.prompts.tokenizer
+    kept, limit = source.ids[: at.start], config.max_completion_length - at.start
+    prompt = Prompt(group.prompt.text + tokenizer.decode(list(kept)), group.prompt.ids + kept)
+    continuations = yield groups.sample(p, group.stage, prompt, config.tspmo_replay, limit, number)
+    completions = [source]
+    for c in continuations:  # each as if it had been sampled in one piece
+        ids, logprobs = kept + c.ids, source.logprobs[: at.start] + c.logprobs
+        completions.append(Completion(ids, tokenizer.decode(list(ids), skip_special_tokens=True), logprobs, c.finish))
+    scores = yield from groups.score(p, group.stage, group.prompt, tuple(completions[1:]), number)
+    everything = tuple(completions), (group.scores[at.source], *scores)
+    return Replay(Group(p.problem, group.stage, group.prompt, *everything), at.start)

@@ -10,14 +10,11 @@ import math
 import random
 from collections.abc import Sequence
 from dataclasses import dataclass
-from typing import Literal
 
 import torch
 from torch import Tensor
 
 from igrpo_lite.config import UpdateOptions
-
-Cap = Literal["in_order", "random", "length_gate"]
 
 _QUANTILE_LIMIT = 2**24  # torch.quantile takes no more elements
 
@@ -31,7 +28,7 @@ class Learning:
         weights: factor of each token's loss, one per index.
         advantages: one per index.
         count: what the completion counts in the normalisers (``T_j``): ``|o_j|`` where all tokens are meant, the
-            chosen tokens for S-GRPO's ``selected``, the sum of the weights for T-SPMO. It may be 0.
+            chosen tokens for S-GRPO, the sum of the weights for T-SPMO. It may be 0.
     """
 
     indices: tuple[int, ...]
@@ -45,29 +42,18 @@ def all_tokens(length: int, advantage: float) -> Learning:
     return _equal(range(length), advantage, float(length))
 
 
-def sgrpo_indices(length: int, alpha: int, p: float, k: int, cap: Cap, rng: random.Random) -> list[int]:
+def sgrpo_indices(length: int, alpha: int, p: float, k: int, rng: random.Random) -> list[int]:
     """S-GRPO's random token set ``T_i`` of a completion of ``length`` tokens, ascending.
 
-    The first ``alpha`` tokens are always in it, each later one with probability ``p``. With ``k > 0`` the set is cut
-    down as ``cap`` says; those who read the paper disagree about what ``k`` means:
-
-    * ``in_order``: the first ``k``. Exactly ``|T| <= k``, and the last index is bounded too, at about
-      ``alpha + (k - alpha) / p``, so the rest of the completion need not be run at all.
-    * ``random``: the leading ones, then any of the drawn ones up to ``k`` in all.
-    * ``length_gate``: all of them in a completion shorter than ``k``, else the leading ones only, also where ``k`` is
-      below ``alpha`` (IAPO's implementation, arXiv 2602.19049).
+    The first ``alpha`` tokens are always in it, each later one with probability ``p``. With ``k > 0`` only the first
+    ``k`` of these are. That bounds the last index too, at about ``alpha + (k - alpha) / p``: the rest of the completion
+    need not be run at all. (Others read the paper's ``k`` as any ``k`` of them, or as all of them in shorter
+    completions only.)
 
     Draws from ``rng`` once for each token from ``alpha`` on, whatever ``k`` is.
     """
-    leading = list(range(min(alpha, length)))
-    drawn = [t for t in range(alpha, length) if rng.random() < p]
-    if k <= 0:
-        return leading + drawn
-    if cap == "in_order":
-        return (leading + drawn)[:k]
-    if cap == "random":
-        return leading[:k] + sorted(rng.sample(drawn, max(0, min(len(drawn), k - len(leading)))))
-    return leading + (drawn if length < k else [])
+    chosen = [*range(min(alpha, length)), *(t for t in range(alpha, length) if rng.random() < p)]
+    return chosen[:k] if k > 0 else chosen
 
 
 def stochastic_tokens(length: int, advantage: float, options: UpdateOptions, rng: random.Random) -> Learning:
@@ -77,26 +63,15 @@ def stochastic_tokens(length: int, advantage: float, options: UpdateOptions, rng
         options: ``sgrpo_alpha``, ``sgrpo_p`` and ``sgrpo_k`` must be set, as the settings do from the preset.
         rng: one per completion. A set is drawn once and kept, however often the completion is visited.
 
-    ``sgrpo_norm``:
-
-    * ``selected``: weight 1, normalised by ``|T|``. Leading tokens then weigh more than in GRPO; that is the method.
-    * ``ht``: Horvitz-Thompson, weight ``1/p`` for drawn tokens, normalised by the whole length: the expectation is
-      GRPO's mean over all tokens (arXiv 2603.06619). This holds without ``k`` and with ``p > 0`` only. A capped token
-      is chosen less often than with ``p``, so ``1/p`` is too small for it, and one that is never chosen has no weight
-      that would make up for it. The settings refuse ``ht`` with ``k``.
-
-    With ``p = 1`` and no ``k``, or ``alpha`` beyond the end, the result equals :func:`all_tokens`.
+    Each chosen token has weight 1, normalised by ``|T|``. Leading tokens then weigh more than in GRPO; that is the
+    method. With ``p = 1`` and no ``k``, or ``alpha`` beyond the end, the result equals :func:`all_tokens`.
     """
     alpha, p, k = options.sgrpo_alpha, options.sgrpo_p, options.sgrpo_k
     assert alpha is not None
     assert p is not None
     assert k is not None
-    indices = sgrpo_indices(length, alpha, p, k, options.sgrpo_cap, rng)
-    if options.sgrpo_norm == "selected":
-        return _equal(indices, advantage, float(len(indices)))
-    # No division by p = 0: nothing is drawn then.
-    weights = tuple(1.0 if t < alpha else 1.0 / p for t in indices)
-    return Learning(tuple(indices), weights, (advantage,) * len(indices), float(length))
+    indices = sgrpo_indices(length, alpha, p, k, rng)
+    return _equal(indices, advantage, float(len(indices)))
 
 
 def entropy_threshold(entropies: Tensor, quantile: float) -> float:

@@ -6,9 +6,9 @@ The completions of one prompt form a trie on token ids. For a prefix p and a nex
     V(p)     mean reward of these
     A(p, v)  V(p + v) - V(p)                raw reward units, not divided by a standard deviation
 
-and J = sum w(p, v) A(p, v) log pi(v | p) / sum w(p, v). Only prefixes that are continued in at least two ways have
+and J = mean over (p, v) of A(p, v) log pi(v | p). Only prefixes that are continued in at least two ways have
 advantages other than 0; D distinct completions have at most 2 (D - 1) such transitions. This is our reading of the
-paper's idea; baseline and weights are options, the normaliser runs over the whole step.
+paper's idea; each transition counts once, however many completions took it, and the mean is over the whole step.
 
 **A completion that ends inside another one** (cut at a length limit, or without end token) counts in n and V of its
 prefixes, and its end is one more way to continue the last of them, though one without a token: others that go on there
@@ -40,25 +40,22 @@ class Transition:
         row: the first completion that owns the pair; its loss is attached there, once for all owners.
         index: token position in that completion.
         advantage: of the pair, in reward units; never 0.
-        weight: 1 (``unique``), or the completions that took it (``count``).
         visits: completions that share the prefix, n(p).
     """
 
     row: int
     index: int
     advantage: float
-    weight: float
     visits: int
 
 
 @dataclass(frozen=True, slots=True)
 class _Node:
     """A prefix of ``depth`` tokens that is continued in at least two ways; places among the sorted completions: of all
-    with this prefix, of those that end here, and of those with each next token."""
+    with this prefix, and of those with each next token."""
 
     depth: int
     group: range
-    ends: range
     children: list[range]
 
 
@@ -70,9 +67,7 @@ def transitions(
     Args:
         completions: token ids of the completions of one prompt.
         rewards: one per completion; ``nan`` marks one that no reward scored, which is left out altogether.
-        options: ``tspmo_baseline``, ``tspmo_weight`` and ``tspmo_min_visits``. The baseline of a prefix is the mean
-            over its completions, over its continuations (each counted once), or, for each completion, over the others:
-            that is n / (n - 1) times the first.
+        options: ``tspmo_min_visits``.
         start: leading tokens that all completions have in common because they were given, not sampled (T-SPMO's
             replay): the trie is rooted behind them and nothing above learns.
 
@@ -89,12 +84,11 @@ def transitions(
     noise = _NOISE * max(map(abs, sorted_rewards), default=0.0)
     found = []
     for node in _branchings(ids, common, options.tspmo_min_visits):
-        advantages = _advantages(node, sorted_rewards, options)
-        for child, advantage in zip(node.children, advantages, strict=True):
+        for child in node.children:
+            advantage = _mean(sorted_rewards, child) - _mean(sorted_rewards, node.group)
             if abs(advantage) > noise:
                 owner = min(rows[place] for place in child)
-                weight = 1.0 if options.tspmo_weight == "unique" else float(len(child))
-                found.append(Transition(owner, node.depth, advantage, weight, len(node.group)))
+                found.append(Transition(owner, node.depth, advantage, len(node.group)))
     return sorted(found, key=lambda pair: (pair.row, pair.index))
 
 
@@ -104,7 +98,7 @@ def prefix_matching(
     """The same as :func:`transitions`, as what each completion contributes to the loss, one per completion.
 
     A pair that several completions share is in the first of them only. The counts add up to the normaliser of the
-    objective, ``sum w``; they are 0 for completions without a pair of their own and for those no reward scored.
+    objective; they are 0 for completions without a pair of their own and for those no reward scored.
     """
     owned: list[list[Transition]] = [[] for _ in completions]
     for pair in transitions(completions, rewards, options, start):
@@ -112,9 +106,9 @@ def prefix_matching(
     return [
         Learning(
             indices=tuple(pair.index for pair in pairs),
-            weights=tuple(pair.weight for pair in pairs),
+            weights=(1.0,) * len(pairs),
             advantages=tuple(pair.advantage for pair in pairs),
-            count=math.fsum(pair.weight for pair in pairs),
+            count=float(len(pairs)),
         )
         for pairs in owned
     ]
@@ -138,19 +132,7 @@ def _branchings(ids: Sequence[tuple[int, ...]], common: Sequence[int], min_visit
         cuts = [going_on, *(i + 1 for i in range(going_on, stop - 1) if common[i] == depth), stop]
         children = [range(a, b) for a, b in pairwise(cuts)]
         pending.extend(children)
-        yield _Node(depth, group, range(first, going_on), children)
-
-
-def _advantages(node: _Node, rewards: Sequence[float], options: UpdateOptions) -> list[float]:
-    """Advantage of each child of a node."""
-    values = [_mean(rewards, child) for child in node.children]
-    baseline = _mean(rewards, node.group)
-    if options.tspmo_baseline == "children":
-        ended = [_mean(rewards, node.ends)] if node.ends else []
-        baseline = math.fsum(values + ended) / len(values + ended)
-    others = len(node.group) - 1
-    scale = len(node.group) / others if options.tspmo_baseline == "leave_one_out" else 1.0
-    return [scale * (value - baseline) for value in values]
+        yield _Node(depth, group, children)
 
 
 def _mean(rewards: Sequence[float], places: range) -> float:

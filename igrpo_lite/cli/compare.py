@@ -20,7 +20,7 @@ INCOMPLETE = 3
 
 _METHODS = Parameter(
     name="METHOD",
-    help="`grpo`, `igrpo` or `igrpo-joint`, with tokens and settings as in `igrpo/s-grpo+draft_selection=worst`; or a "
+    help="`grpo`, `igrpo` or `igrpo-joint`, with tokens and settings as in `igrpo/s-grpo+draft_selection=random`; or a "
     "recipe; `NAME=` before it names it. The first one is what the others are compared with.",
     allow_leading_hyphen=True,  # or cyclopts would speak of unknown flags itself, and not say which were meant
 )

@@ -76,7 +76,7 @@ def evaluate(
         adapter = adapter or next((run / name for name in ("best", "adapter") if (run / name).is_dir()), None)
     else:
         settings["model"] = run_or_model
-    resolved, findings = examined(config, settings | UNTRAINED)
+    resolved, findings = examined(config, settings | UNTRAINED, trained=run is not None)
     findings += _missing_run(run_or_model) or preflight(resolved)
     findings += _adapter_findings(adapter, base, show_flips)
     findings += _sampling_findings(sample_temperature, sample_top_p)

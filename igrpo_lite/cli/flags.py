@@ -16,6 +16,7 @@ from igrpo_lite.config import SECTIONS, RunConfig
 from igrpo_lite.defaults import MODEL_DEFAULTS
 from igrpo_lite.errors import ConfigError
 from igrpo_lite.fields import FIELDS, choices, default_text, hint, is_list, item_type, parts, section_of
+from igrpo_lite.retired import RETIRED, gone, without_retired
 from igrpo_lite.settings import examine, load_file, merge, preflight, suggestion
 
 FIRST = ("model", "data", "algorithm", "tokens")
@@ -48,8 +49,9 @@ def settings_flags(verb: Callable[..., int | None], names: Iterable[str] = FIELD
     return command
 
 
-def examined(recipe: str | None, flags: Mapping[str, Any]) -> tuple[RunConfig, list[str]]:
-    """The configuration of a recipe, by file or name, and flags; with everything that is wrong with either."""
+def examined(recipe: str | None, flags: Mapping[str, Any], trained: bool = False) -> tuple[RunConfig, list[str]]:
+    """The configuration of a recipe, by file or name, and flags; with everything that is wrong with either.
+    ``trained``: the recipe is of a run that is over, so what it was trained with does not matter."""
     from igrpo_lite.cli.recipes import find
 
     file: dict[str, Any] = {}
@@ -58,7 +60,7 @@ def examined(recipe: str | None, flags: Mapping[str, Any]) -> tuple[RunConfig, l
         file = load_file(find(recipe)) if recipe is not None else {}
     except ConfigError as error:
         unread = error.problems
-    config, findings = examine(merge(file, flags))
+    config, findings = examine(merge(without_retired(file) if trained else file, flags))
     return config, unread + findings
 
 
@@ -78,7 +80,11 @@ def complaints(app: App, words: Sequence[str], unused: Sequence[str], given: Map
     for word in unused:
         if word.startswith("--"):
             name = word.partition("=")[0]
-            meant = suggestion(name[2:].replace("-", "_"), [known[2:].replace("-", "_") for known in names])
+            setting = name[2:].replace("-", "_")
+            if setting in RETIRED:
+                found.append(gone(setting))
+                continue
+            meant = suggestion(setting, [known[2:].replace("-", "_") for known in names])
             advice = f"did you mean --{meant.replace('_', '-')}?" if meant else f"see {verb} --help"
             found.append(f"unknown flag {name}; {advice}")
         elif not found:  # a word after an unknown flag is most likely its value

@@ -21,7 +21,7 @@ from igrpo_lite.planning.models import Model, find_model
 from igrpo_lite.planning.plan import Change, Plan, changes, plan, prefers_four_bit
 from igrpo_lite.planning.suggest import suggest
 from igrpo_lite.planning.time import BASIS
-from igrpo_lite.planning.work import longest, stage_sizes
+from igrpo_lite.planning.work import longest
 from igrpo_lite.settings import load_file
 from igrpo_lite.tiny import MODEL_DIR
 
@@ -159,7 +159,7 @@ def _lines(made: Plan, chosen: Mapping[str, Any], better: list[Change]) -> Itera
 
 
 def _work(config: RunConfig) -> str:
-    first, second = stage_sizes(config)
+    first, second = config.n_drafts, config.n_refinements
     each = f"({first} drafts + {second} refinements)" if second else f"{first} completions"
     return (
         f"{config.algorithm}: {config.prompts_per_step} problems x {each} a step, at most {config.max_prompt_length} "

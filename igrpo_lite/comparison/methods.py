@@ -73,7 +73,7 @@ def read_methods(
 
     Args:
         specs: ``ALGORITHM[/TOKENS]`` or a recipe's file, then any ``+KEY=VALUE``, with an own ``NAME=`` before it if
-            wanted: ``igrpo/s-grpo``, ``hidden=igrpo+draft_answer=hidden``, ``mine.yaml+max_steps=30``.
+            wanted: ``igrpo/s-grpo``, ``few=igrpo+num_drafts=4``, ``mine.yaml+max_steps=30``.
         common: settings of all methods; a method's own win.
         recipe: a recipe under all of them; it loses against every other setting.
         allow_unequal: methods may differ in their number of rollouts.

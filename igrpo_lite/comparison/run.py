@@ -45,7 +45,7 @@ def compare(
     and ``comparison.png`` there.
 
     Args:
-        methods: ``grpo``, ``igrpo/s-grpo``, ``igrpo+draft_selection=worst``, a recipe's file, ``NAME=`` any of them;
+        methods: ``grpo``, ``igrpo/s-grpo``, ``igrpo+draft_selection=random``, a recipe's file, ``NAME=`` any of them;
             the first one is what the others are compared with.
         seeds: how many (5: seeds 0 to 4), or which (``"0,3,7"`` or numbers).
         config: a recipe under all methods.

@@ -59,7 +59,7 @@ def pass_rates(
     A sample depends on the run's seed, the problem's id and its number alone, so problems may be scanned in parts.
 
     Args:
-        config: temperature, ``top_p``, ``min_p`` and length of the samples, and the seed.
+        config: temperature and length of the samples, and the seed.
         judge: ``Scorer.score``, or another; called once a problem, after sampling.
         on_progress: called with (finished, expected) completions.
     """
@@ -70,8 +70,6 @@ def pass_rates(
             request_seed(config.seed, "pass-rate", problem.id, number),
             config.max_completion_length,
             config.temperature,
-            top_p=config.top_p,
-            min_p=config.min_p,
         )
         for problem, prompt in zip(problems, firsts, strict=True)
         for number in range(samples)

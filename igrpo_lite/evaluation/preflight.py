@@ -14,7 +14,6 @@ from statistics import fmean, median, pvariance
 from typing import Any, Literal
 
 from igrpo_lite.algorithms.judging import PolicyJudge
-from igrpo_lite.algorithms.rollout import learning_stages, stage1_size, stage2_size
 from igrpo_lite.config import RunConfig
 from igrpo_lite.errors import RewardError, UserError
 from igrpo_lite.evaluation.passrate import JudgeGroup, PassRate, pass_rates
@@ -292,7 +291,7 @@ def judge_rates(rates: Sequence[PassRate], config: RunConfig) -> Part:
     right = [round(rate.rate * samples) for rate in rates]
     share, cut = sum(right) / total, fmean(rate.truncated for rate in rates)
     reasons = Counter(score.reason for rate in rates for score in rate.scores)
-    group = stage2_size(config) if learning_stages(config.algorithm) == ("stage2",) else stage1_size(config)
+    group = config.n_refinements if config.algorithm == "igrpo" else config.n_drafts
     expected = informative_share(right, samples, group)
     part.numbers |= {
         "samples": total,

@@ -26,7 +26,7 @@ from igrpo_lite.sampling.choice import make_sampler
 from igrpo_lite.types import Problem
 
 _DECIDING = (
-    *("model", "revision", "load_in_4bit", "seed", "temperature", "top_p", "min_p", "max_completion_length"),
+    *("model", "revision", "load_in_4bit", "seed", "temperature", "max_completion_length"),
     *("answer_style", "system_prompt", "math_verify"),
 )
 _BATCHES = 4  # batches of the engine between two writes

@@ -12,6 +12,7 @@ from typing import Any, Literal
 from igrpo_lite.checks import model_findings
 from igrpo_lite.config import RunConfig
 from igrpo_lite.errors import ConfigError, RunFolderError
+from igrpo_lite.retired import without_retired
 from igrpo_lite.settings import examine, load_file
 
 Kind = Literal["adapter", "merged-16bit", "gguf"]
@@ -140,7 +141,7 @@ def read_source(run: Path, adapter: str | None) -> Source:
     settings: dict[str, Any] = {}
     unread: list[str] = []
     try:
-        settings = load_file(run / "config.yaml")
+        settings = without_retired(load_file(run / "config.yaml"))
     except ConfigError as error:
         unread = error.problems
     config, wrong = examine(settings)

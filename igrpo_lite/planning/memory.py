@@ -11,7 +11,7 @@ from igrpo_lite.config import RunConfig
 from igrpo_lite.planning.activations import Adapter, activations
 from igrpo_lite.planning.gpus import GIB, Gpu
 from igrpo_lite.planning.shapes import Shape
-from igrpo_lite.planning.work import Batch, fullest, learning_trees, longest, stage_sizes
+from igrpo_lite.planning.work import Batch, fullest, learning_trees, longest
 
 NF4_BYTES = 0.5 + 1 / 64 + 4 / (64 * 256)
 """A weight in NF4 with double quantisation: 4 bits, an 8-bit scale for each 64, a float32 for each 256 of those."""
@@ -270,7 +270,7 @@ def _vllm(setup: Setup, sequences: int, prompt_tokens: int = PREFILL) -> dict[st
 def _sampling(setup: Setup) -> int:
     """Working memory of sampling: the prompts' forward pass, or drawing tokens, whichever is more."""
     shape, item, config = setup.shape, setup.item, setup.config
-    sequences = min(config.max_num_seqs, max(config.eval_size, config.prompts_per_step * sum(stage_sizes(config))))
+    sequences = min(config.max_num_seqs, max(config.eval_size, config.prompts_per_step * config.num_generations))
     if setup.vllm:
         large = setup.gpu.memory_gib >= 70 and "a100" not in setup.gpu.name.lower()
         return _vllm(setup, sequences, (2 if large else 1) * PREFILL)["working memory"]

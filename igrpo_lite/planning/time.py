@@ -16,7 +16,7 @@ from dataclasses import dataclass
 
 from igrpo_lite.planning.gpus import Gpu
 from igrpo_lite.planning.memory import NF4_BYTES, Setup
-from igrpo_lite.planning.work import Batch, Lengths, batches, learning_trees, longest, stage_sizes, waves
+from igrpo_lite.planning.work import Batch, Lengths, batches, learning_trees, longest, waves
 
 BANDWIDTH_SHARE = 0.6
 """Of the nominal bandwidth."""
@@ -91,7 +91,7 @@ def estimate(setup: Setup, lengths: Lengths) -> Estimate | None:
     if gpu.bandwidth is None or gpu.tflops is None:
         return None
     speed = _Speed(setup, gpu, gpu.bandwidth, gpu.tflops)
-    first, second = (size * config.prompts_per_step for size in stage_sizes(config))
+    first, second = (size * config.prompts_per_step for size in (config.n_drafts, config.n_refinements))
     rollout = speed.decode(waves(config), lengths) * (OVERLAP if second and config.schedule == "overlap" else 1.0)
     rollout += speed.prefill(config.prompts_per_step * lengths.prompt)
     rollout += speed.prefill(config.prompts_per_step * lengths.refined) if second else 0.0

@@ -6,7 +6,7 @@ import math
 from collections import Counter
 from dataclasses import dataclass, replace
 
-from igrpo_lite.config import RolloutOptions, RunConfig
+from igrpo_lite.config import RunConfig
 from igrpo_lite.defaults import SGRPO_PRESETS
 
 STAGE2_WORDS = 64
@@ -104,20 +104,12 @@ def typical(config: RunConfig, completion: int | None = None, prompt: int | None
     return Lengths(prompt, min(most.draft, completion), completion)
 
 
-def stage_sizes(config: RolloutOptions) -> tuple[int, int]:
-    """Completions per problem in the first and the second stage."""
-    if config.algorithm == "grpo":
-        return config.num_generations, 0
-    first = config.num_drafts or max(1, config.num_generations // 2)
-    return first, config.num_generations - first
-
-
 def waves(config: RunConfig) -> tuple[int, ...]:
     """Completions of a step that are sampled together, wave after wave.
 
     ``overlap`` has the same two waves as ``barrier``, one running into the other; ``ahead`` one of both stages.
     """
-    first, second = (size * config.prompts_per_step for size in stage_sizes(config))
+    first, second = (size * config.prompts_per_step for size in (config.n_drafts, config.n_refinements))
     if config.schedule == "ahead" and second:
         return (first + second,)
     return (first, second) if second else (first,)
@@ -126,7 +118,7 @@ def waves(config: RunConfig) -> tuple[int, ...]:
 def learning_trees(config: RunConfig, lengths: Lengths) -> Counter[Tree]:
     """The trees of one step's update, and how many of each: one for every group that learns, as if all had an
     advantage."""
-    first, second = stage_sizes(config)
+    first, second = config.n_drafts, config.n_refinements
     stages = {
         "grpo": ((lengths.prompt, first),),
         "igrpo": ((lengths.refined, second),),
@@ -164,7 +156,7 @@ def fullest(trees: Counter[Tree], budget: int, in_rows: bool) -> Batch:
 def last_index(config: RunConfig, completion: int) -> tuple[float, float]:
     """S-GRPO: tokens of a completion up to its last chosen one, and how many are chosen: expectations.
 
-    With ``k`` and ``in_order`` the ``k``-th chosen one is at about ``alpha + (k - alpha) / p``.
+    With ``k`` the ``k``-th chosen one is at about ``alpha + (k - alpha) / p``.
     """
     preset = SGRPO_PRESETS["long"]
     alpha, p, k = (
@@ -173,13 +165,11 @@ def last_index(config: RunConfig, completion: int) -> tuple[float, float]:
     )
     leading = min(alpha, completion)
     end, chosen = float(completion if p else leading), leading + p * (completion - leading)
-    if not k or (config.sgrpo_cap == "length_gate" and completion < k):
+    if not k:
         return end, chosen
-    if config.sgrpo_cap == "length_gate":
-        return leading, leading
     if k <= leading:
         return k, k
-    if config.sgrpo_cap == "in_order" and p:
+    if p:
         # Two standard deviations late, since the longest branch of a group sets the memory.
         end = min(end, leading + (k - leading) / p + 2 * math.sqrt((k - leading) * (1 - p)) / p)
     return end, min(k, chosen)

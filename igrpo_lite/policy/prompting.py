@@ -9,7 +9,6 @@ from igrpo_lite.config import PromptOptions, RunConfig
 from igrpo_lite.errors import ConfigError
 from igrpo_lite.policy.loading import load_tokenizer, read_context_length
 from igrpo_lite.prompts import STAGE2_TEMPLATES, SYSTEM_PROMPTS, PromptBuilder, read_text_or_file
-from igrpo_lite.rewards.hiding import hide_answer
 from igrpo_lite.rewards.judge_prompt import REMINDER, asks_policy, judge_prompt, judge_template
 from igrpo_lite.types import Problem, Prompt
 
@@ -23,7 +22,6 @@ def prompt_builder(config: RunConfig) -> PromptBuilder:
         config.draft_placement,
         config.max_draft_length,
     )
-    prompts.hide_answer = hide_answer if config.draft_answer == "hidden" else None
     if asks_policy(config):  # without the instruction, which asks for solutions
         prompts.judge = PromptBuilder(prompts.tokenizer, "", REMINDER, "multi-turn", heading="Grade:")
     return prompts

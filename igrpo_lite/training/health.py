@@ -13,8 +13,7 @@ from dataclasses import dataclass
 from statistics import fmean, pvariance
 from typing import Any, Literal, TypeGuard
 
-from igrpo_lite.algorithms.rollout import compares_otherwise, learning_stages, stage1_size, stage2_size
-from igrpo_lite.config import RunConfig
+from igrpo_lite.config import LEARNING_STAGES, RunConfig
 from igrpo_lite.training.memory import MemoryTrend
 
 SILENT_STEPS = 20
@@ -50,9 +49,9 @@ class Health:
 
     def __init__(self, config: RunConfig) -> None:
         self._config = config
-        sizes = {"stage1": stage1_size(config), "stage2": stage2_size(config)}
+        sizes = {"stage1": config.n_drafts, "stage2": config.n_refinements}
         self._groups = {stage: size for stage, size in sizes.items() if size}
-        self._learning = learning_stages(config.algorithm)
+        self._learning = LEARNING_STAGES[config.algorithm]
         self._history: list[dict[str, Any]] = []
         self._constant: dict[str, dict[str, Any]] = {}
         self._best: dict[str, Any] | None = None
@@ -154,7 +153,7 @@ class Health:
         # With dynamic sampling the shares are over replaced problems too; what is kept is what the update gets.
         keys = ["dynamic/kept"] if "dynamic/kept" in now else [f"{stage}/informative" for stage in self._learning]
         seen = any((now.get(key) or 0) > 0 for key in (*keys, "replay/informative"))
-        learns = (seen or compares_otherwise(self._config)) and now.get("learning_sequences") != 0
+        learns = (seen or self._config.single_stage_share) and now.get("learning_sequences") != 0
         self._dead = 0 if learns else self._dead + 1
         if not learns:
             return
@@ -224,18 +223,14 @@ class Health:
     def _parted(self) -> Iterator[Finding]:
         """Sampler and policy give the same tokens other probabilities."""
         values = self._values("sampler_gap", _GAP_STEPS)
-        if len(values) < _GAP_STEPS or self._config.min_p > 0:  # what min_p cuts off has no bound
-            return
-        gap = min(values) + math.log(self._config.top_p)  # top_p alone parts them by up to -ln(top_p)
-        if gap <= _GAP_WARNING:
+        if len(values) < _GAP_STEPS or min(values) <= _GAP_WARNING:
             return
         text = (
             f"Sampler and policy differ by {fmean(values):.2g} nats per token in the last {_GAP_STEPS} steps: what is "
             "sampled is not what learns. Likely causes: the sampler holds an older adapter or other base weights, or "
-            "does not apply --temperature"
+            "does not apply --temperature."
         )
-        text += f" or --top-p (now {self._config.top_p:g})." if self._config.top_p < 1 else "."
-        if gap > _GAP_STOP:
+        if min(values) > _GAP_STOP:
             yield Finding("sampler-gap", "stop", f"{text} Use --sampler transformers, and please report it.")
         else:
             yield Finding("sampler-gap", "warning", f"{text} Low precision can do it too: compare --dtype float32.")

@@ -92,7 +92,7 @@ def _choice(rollouts: Sequence[Rollout], prompts: PromptBuilder) -> dict[str, An
 def _refinement(rollouts: Sequence[Rollout]) -> dict[str, Any]:
     copied, fixed, broke = [], [], []
     for rollout in rollouts:
-        if rollout.choice is None or not rollout.choice.shown:
+        if rollout.choice is None:
             continue
         draft, score, group = rollout.draft, rollout.draft_score, rollout.stage2
         assert draft is not None

@@ -6,7 +6,6 @@ import hashlib
 import json
 from dataclasses import dataclass
 
-from igrpo_lite.algorithms.rollout import stage2_size
 from igrpo_lite.config import RunConfig
 from igrpo_lite.errors import DataError
 from igrpo_lite.policy.loading import Policy, load_policy, recompute_activations
@@ -89,17 +88,10 @@ def _prompt_notes(config: RunConfig, prompts: PromptBuilder, dropped: int, dropp
             f"left out as longer than {config.max_prompt_length} prompt tokens: {dropped} training and "
             f"{dropped_held_out} held-out problems"
         )
-    cuts = [f"top_p {config.top_p:g}"] if config.top_p < 1 else []
-    cuts += [f"min_p {config.min_p:g}"] if config.min_p > 0 else []
-    if cuts:
-        notes.append(
-            f"{' and '.join(cuts)}: rollouts come from a truncated distribution, the loss assumes the full one; its "
-            "gradient is biased"
-        )
     if prompts.judge is not None:
         notes.append(
             "the policy is its own judge, as it is at each step: it may learn to please itself; watch the accuracy"
         )
-    if stage2_size(config) and config.draft_placement == "multi-turn":
+    if config.n_refinements and config.draft_placement == "multi-turn":
         notes.append("stage 2 continues the draft as a conversation (draft_placement multi-turn)")
     return notes

@@ -25,7 +25,6 @@ def rollout_record(step: int, rollout: Rollout) -> dict[str, Any]:
         record |= {
             "chosen": rollout.choice.index,
             "tied": rollout.choice.tied,
-            "shown": rollout.choice.shown,
             "refinements": _completions(rollout.stage2),
         }
     if rollout.replays:
@@ -76,7 +75,6 @@ def _completion(completion: Completion, score: Score) -> dict[str, Any]:
 
 def _sample(rollout: Rollout, index: int) -> Sample:
     group = rollout.groups[-1]
-    shown = rollout.choice is not None and rollout.choice.shown
-    draft = rollout.draft.text if shown and rollout.draft is not None else None
+    draft = rollout.draft.text if rollout.draft is not None else None
     completion, score = group.completions[index], group.scores[index]
     return Sample(group.problem.question, draft, completion.text, group.problem.answer, score.reason, score.reward)

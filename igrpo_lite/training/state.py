@@ -2,8 +2,15 @@
 
 from __future__ import annotations
 
+import time
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
 from dataclasses import asdict, dataclass, field
 from typing import Any
+
+from igrpo_lite.algorithms.dynamic import Batch
+from igrpo_lite.errors import RunFolderError
+from igrpo_lite.rewards.scorer import Calls
 
 
 @dataclass(frozen=True, slots=True)
@@ -60,6 +67,48 @@ class Progress:
         for phase, seconds in phases.items():
             self.seconds[phase] = self.seconds.get(phase, 0.0) + seconds
         return dict(phases)
+
+    def finish_step(self, batch: Batch, drafted: list[dict[str, Any]], failures: Mapping[str, Calls]) -> None:
+        """One more step is complete."""
+        self.step += 1
+        self.rollouts += sum(rollout.sampled for rollout in batch.sampled)
+        self.drafted = drafted
+        self.reward_failures = {name: asdict(calls) for name, calls in failures.items()}
+
+    def forgive_rewards(self, failures: Mapping[str, Calls]) -> None:
+        """Once a reward is mended, its failures must not count against it; what a judge has cost stays spent."""
+        spent = {name: calls.tokens for name, calls in failures.items() if calls.tokens}
+        self.reward_failures = {name: asdict(Calls(tokens=count)) for name, count in spent.items()}
+
+    def check_continues(self, now: Progress, folder: object, model: str) -> None:
+        """What was loaded must be what the run began with.
+
+        Raises:
+            RunFolderError: other problems, other weights, or weights of another type.
+        """
+        if self.fingerprint != now.fingerprint:
+            raise RunFolderError(
+                f"the problems are not those that {folder} was started with (a changed data file?); restore them, or "
+                "use --fresh to start over"
+            )
+        self.base = self.base or now.base  # a checkpoint of an earlier version has none
+        if self.dtype not in ("", now.dtype):
+            raise RunFolderError(
+                f"{folder} was started with weights in {self.dtype}, and here they are {now.dtype} (another kind of "
+                f"GPU?); go on with --dtype {self.dtype}, or use --fresh to start over"
+            )
+        if self.base != now.base:
+            raise RunFolderError(
+                f"the weights of {model} are not those that {folder} was started with (a new revision?); restore "
+                "them, or use --fresh to start over"
+            )
+
+    @contextmanager
+    def timed(self, phase: str) -> Iterator[None]:
+        """Add the seconds of a block to a phase."""
+        started = time.perf_counter()
+        yield
+        self.clock(**{phase: time.perf_counter() - started})
 
     def to_json(self) -> dict[str, Any]:
         return asdict(self)

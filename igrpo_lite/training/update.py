@@ -45,8 +45,7 @@ class UpdateStats:
     """What one update did; token counts are of its first pass.
 
     Attributes:
-        sampler_gap: mean |difference| between the log-probabilities of policy and sampler, over the learning tokens
-            that are learned under the prompt they were sampled for (``own_tokens``).
+        sampler_gap: mean |difference| between the log-probabilities of policy and sampler, over the learning tokens.
         advantage: mean |advantage| of the learning tokens.
         place: mean place of the learning tokens in their completions.
         backbone_tokens: through the layers, the pass that measures entropies included.
@@ -64,7 +63,6 @@ class UpdateStats:
     place: float | None = None
     learning_sequences: int = 0
     learning_tokens: int = 0
-    own_tokens: int = 0
     backbone_tokens: int = 0
     head_tokens: int = 0
     passes: int = 0
@@ -76,7 +74,7 @@ class UpdateStats:
     def finish(self, passes: int, beta: float) -> None:
         """Turn sums into means over ``passes``, complete or not."""
         tokens = max(1, self.learning_tokens)
-        self.entropy, self.sampler_gap = self._sums["entropy"] / tokens, self._sums["gap"] / max(1, self.own_tokens)
+        self.entropy, self.sampler_gap = self._sums["entropy"] / tokens, self._sums["gap"] / tokens
         self.advantage, self.place = self._sums["advantage"] / tokens, self._sums["place"] / tokens
         self.clip_ratio = self._sums["clipped"] / (tokens * passes)
         self.kl = self._sums["kl"] / (tokens * passes) if beta else None
@@ -297,8 +295,6 @@ class PolicyUpdate:
         stats.backbone_tokens += scored.backbone_tokens
         stats.head_tokens += scored.head_rows
         stats._sums["entropy"] += float(scored.entropies.sum())
-        own = torch.tensor([not sequence.foreign for sequence in batch.sequences], device=gap.device)
-        stats.own_tokens += int(scored.mask[own].sum())
-        stats._sums["gap"] += float(gap[own].abs().sum())
+        stats._sums["gap"] += float(gap.abs().sum())
         stats._sums["advantage"] += float(advantages.abs().sum())
         stats._sums["place"] += sum(sum(sequence.learning.indices) for sequence in batch.sequences)

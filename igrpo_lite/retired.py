@@ -1,0 +1,53 @@
+"""Settings that are gone, so that old recipes and run folders get one clear sentence or simply go on."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from typing import Any
+
+from igrpo_lite.config import RunConfig
+
+RETIRED: dict[str, Any] = {
+    "draft_answer": "shown",
+    "draft_fallback": "none",
+    "draft_tie_break": "first",
+    "joint_groups": "own",
+    "min_p": 0.0,
+    "num_refinements": None,
+    "plain_refinements": 0.0,
+    "sgrpo_cap": "in_order",
+    "sgrpo_norm": "selected",
+    "stage2_baseline": "mean",
+    "top_p": 1.0,
+    "tspmo_baseline": "visits",
+    "tspmo_weight": "unique",
+}
+"""The value of each that is what still happens; ``num_refinements`` is what ``num_drafts`` leaves of
+``num_generations``."""
+
+RETIRED_VALUES = {"draft_selection": ("worst", "worst_formatted", "mixed")}
+"""Values that a setting no longer takes."""
+
+
+def gone(name: str) -> str:
+    """What to do about a retired setting."""
+    if name == "num_refinements":
+        return f"{name}: is no setting any more; set num_generations and num_drafts, and refinements are the rest"
+    return f"{name}: is no setting any more, and only {RETIRED[name]} is left of it; leave it out"
+
+
+def retired_findings(given: Mapping[str, Any], config: RunConfig) -> list[str]:
+    """One sentence for each retired setting whose value would change what ``config`` does."""
+    kept = RETIRED | {"num_refinements": config.n_refinements}
+    same = {name: (None, "none", kept[name], str(kept[name])) for name in kept}
+    return [gone(name) for name, value in given.items() if name in RETIRED and value not in same[name]]
+
+
+def without_retired(settings: Mapping[str, Any]) -> dict[str, Any]:
+    """The settings of an old run for verbs that do not train: whatever it was trained with, retired settings do not
+    matter to them."""
+    return {
+        name: value
+        for name, value in settings.items()
+        if name not in RETIRED and value not in RETIRED_VALUES.get(name, ())
+    }
