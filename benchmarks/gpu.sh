@@ -1,5 +1,5 @@
 #!/usr/bin/env bash
-# Everything that only a GPU can show, in one command: benchmarks/gpu.sh [--only smoke,parity] [--minutes 25] ...
+# What only a GPU can show, in two calls of nine minutes: benchmarks/gpu.sh, benchmarks/gpu.sh --second
 # Needs no network, and no installed igrpo-lite: packages may lie in a folder on PYTHONPATH. See benchmarks/README.md.
 set -euo pipefail
 

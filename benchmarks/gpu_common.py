@@ -64,50 +64,33 @@ class Outcome:
 
 
 @dataclass(frozen=True, slots=True)
-class Setup:
-    """A model and how it is loaded; ``model`` is a short name of ``igrpo-lite models``."""
-
-    backend: str
-    bits: int
-    model: str
-
-    @property
-    def name(self) -> str:
-        return f"{self.backend}-{self.bits}-{self.model}"
-
-
-@dataclass(frozen=True, slots=True)
 class Stage:
     """One thing to show.
 
     Attributes:
-        topic: what ``--only`` names.
+        name: its topic, and where there are several of that the process.
+        process: its stages run in one, one after the other, and share what is loaded there.
         run: ``module:function``; it gets a :class:`gpu_worker.Context`.
         what: a sentence.
         seconds: after which it is taken for dead, at full size on a GPU, its loading included.
-        setup: what it loads. Neighbours with the same one share a process, and so an engine.
-        model: that must have been made before.
         needs: packages.
         not_on_cpu: why it shows nothing there.
     """
 
-    topic: str
+    name: str
+    process: str
     run: str
     what: str
     seconds: int
-    setup: Setup | None = None
-    model: str | None = None
     needs: tuple[str, ...] = ()
     not_on_cpu: str = ""
-    suffix: str = ""
 
     @property
-    def name(self) -> str:
-        parts = (self.topic, self.setup.name if self.setup else "", self.suffix)
-        return "-".join(part for part in parts if part)
+    def topic(self) -> str:
+        return self.name.partition("-")[0]
 
 
-def environment(scratch: Path, has_flashinfer: bool) -> dict[str, str]:
+def environment(scratch: Path, device: str, has_flashinfer: bool) -> dict[str, str]:
     """What engines need on a machine without network and with packages on a path only. The user's own come first."""
     wanted = {
         "VLLM_ENABLE_V1_MULTIPROCESSING": "0",  # the engine inside, with tensors that can be shared
@@ -124,6 +107,8 @@ def environment(scratch: Path, has_flashinfer: bool) -> dict[str, str]:
     }
     if os.path.isdir("/sys/class/net/lo"):
         wanted |= {"GLOO_SOCKET_IFNAME": "lo", "NCCL_SOCKET_IFNAME": "lo"}
+    if device == "cpu":
+        wanted["TORCHDYNAMO_DISABLE"] = "1"  # else the first log-probabilities wait for a C++ compiler
     if not has_flashinfer:  # vLLM 0.26 asks for it without looking whether it is there
         wanted["VLLM_USE_FLASHINFER_SAMPLER"] = "0"
     return {name: os.environ.get(name, value) for name, value in wanted.items()}

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import time
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterable, Iterator, Mapping
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
@@ -15,39 +15,48 @@ from torch import Tensor, nn
 
 from igrpo_lite.config import RunConfig
 from igrpo_lite.policy.fingerprint import base_fingerprint
-from igrpo_lite.policy.loading import Policy, load_policy
-from igrpo_lite.policy.prompting import prompt_builder
+from igrpo_lite.policy.loading import Policy
 from igrpo_lite.problems.synthetic import load as load_problems
-from igrpo_lite.prompts import PromptBuilder
-from igrpo_lite.sampling.base import Request, Sampler, request_seed
-from igrpo_lite.sampling.choice import make_sampler
+from igrpo_lite.sampling.base import Request, request_seed
 from igrpo_lite.sampling.parity import probe
 from igrpo_lite.sampling.vllm import VllmSampler
 from igrpo_lite.sampling.vllm_internals import _runner
 from igrpo_lite.sampling.vllm_policy import base_parameters
 from igrpo_lite.settings import resolve
+from igrpo_lite.training.card import Fitted, fitted, gpu_in_use
+from igrpo_lite.training.prepare import Prepared, prepare
 from igrpo_lite.types import Completion
 
 if TYPE_CHECKING:
     from gpu_worker import Context
 
-MAX_LEN = {False: 1024, True: 320}
-"""Tokens of prompt and completion together, by whether sizes are tiny."""
-
 _GOAL_MS = 50.0  # the adapter's way into the engine: Qwen2-1.5B, rank 16
 _PUSHES = {False: 30, True: 3}
+_STEPS = 2  # of the run that a plan is held against
 
 
 @dataclass(slots=True)
 class Loaded:
-    """A policy with what samples from it, and the bytes that loading left allocated on a GPU."""
+    """A run's parts as ``igrpo-lite train`` makes them, what the planner said about it, and bytes of the GPU that
+    loading left allocated and took at most."""
 
-    policy: Policy
-    sampler: Sampler
-    prompts: PromptBuilder
     config: RunConfig
-    notes: list[str]
-    allocated: int
+    prepared: Prepared
+    card: Fitted
+    allocated: int = 0
+    peak: int = 0
+
+    @property
+    def policy(self) -> Policy:
+        return self.prepared.policy
+
+    @property
+    def sampler(self) -> Any:
+        return self.prepared.sampler
+
+    @property
+    def notes(self) -> list[str]:
+        return [*self.card.notes, *self.prepared.notes]
 
     @property
     def llm(self) -> Any:
@@ -56,49 +65,55 @@ class Loaded:
 
     def requests(self, count: int, tokens: int, temperature: float = 1.0) -> list[Request]:
         problems = load_problems("two-step", "test", count)
-        prompts = [self.prompts.first(problem.question) for problem in problems]
+        prompts = [self.prepared.prompts.first(problem.question) for problem in problems]
         return [Request(prompt, request_seed("gpu", i), tokens, temperature) for i, prompt in enumerate(prompts)]
 
 
-def load(context: Context) -> Loaded:
-    """What the stage's setup says."""
-    setup = context.setup
-    assert setup is not None
-    config = resolve(settings(context))
-    policy = load_policy(config, 0, context=MAX_LEN[context.tiny])
-    prompts = prompt_builder(config)
-    # One token of the context is vLLM's: it scores nothing without sampling one more.
-    sampler, notes = make_sampler(config, policy, prompts, MAX_LEN[context.tiny] - 1)
-    if context.on_gpu:
+def load(settings: Mapping[str, Any]) -> Loaded:
+    """What a run with these settings works with. Its adapter is not zero as a fresh one is, and so could be missed."""
+    config = resolve(dict(settings))
+    card = fitted(config, gpu_in_use(config))
+    prepared = prepare(card.config)
+    loaded = Loaded(card.config, prepared, card)
+    if loaded.policy.device.type == "cuda":
         torch.cuda.synchronize()
-    allocated = torch.cuda.memory_allocated() if context.on_gpu else 0
-    fill_adapter(policy)  # a fresh one adds nothing, and so could not be missed
-    sampler.load_adapter()
-    return Loaded(policy, sampler, prompts, config, notes, allocated)
+        loaded.allocated, loaded.peak = torch.cuda.memory_allocated(), torch.cuda.max_memory_allocated()
+    fill_adapter(loaded.policy)
+    loaded.sampler.load_adapter()
+    return loaded
 
 
 def settings(context: Context) -> dict[str, Any]:
-    setup = context.setup
-    assert setup is not None
-    engine = setup.backend == "unsloth" or setup.bits == 16
-    sampler = "vllm" if engine else "transformers"
-    if setup.backend == "unsloth" and not context.on_gpu:
-        sampler = "auto"  # there it starts no engine
-    return {
-        "model": context.model(setup.model),
-        "backend": setup.backend,
-        "load_in_4bit": setup.bits == 4,
+    """Of two steps at full length, with the memory that the planner gives them."""
+    packed = context.backend == "unsloth"
+    length = 8 if context.tiny else 512
+    small = {"max_num_seqs": 8, "kv_cache_gib": 0.0625} if context.tiny else {}
+    return small | {
+        "model": context.model(),
+        "backend": context.backend,
+        "load_in_4bit": packed,
         "device": context.device,
-        "sampler": sampler,
-        "max_num_seqs": 8 if context.tiny else 64,
-        "kv_cache_gib": 0.0625 if context.tiny else 3.0,
+        "sampler": "auto" if packed and not context.on_gpu else "vllm",  # Unsloth starts no engine on a CPU
+        "output_dir": str(context.scratch / f"run-{context.backend}"),
+        "data": "two-step",
+        "max_problems": 64,
+        "prompts_per_step": 2 if context.tiny else 8,
+        "num_generations": 4 if context.tiny else 8,
+        "max_completion_length": length,
+        "max_draft_length": length,
+        "reward_funcs": ["random"],  # random weights earn nothing else, and without a signal there is no update
+        "max_steps": _STEPS,
+        "eval_size": 2,
+        "eval_steps": _STEPS,
+        "save_steps": _STEPS,
+        "parity_steps": 0,  # a stage of its own
+        "progress": "plain",
     }
 
 
 def smoke(context: Context) -> None:
     """It samples with the engine that it should, and there is one copy of the frozen weights."""
-    loaded, outcome, setup = context.engine(), context.outcome, context.setup
-    assert setup is not None
+    loaded, outcome = context.engine(), context.outcome
     requests = loaded.requests(4, 16)
     completions = loaded.sampler.run(requests)
     logprobs = torch.tensor([value for completion in completions for value in completion.logprobs])
@@ -106,7 +121,7 @@ def smoke(context: Context) -> None:
     outcome.found.append(Found("empty completions and log-probabilities that are no numbers", bad, goal=0, cost=False))
     outcome.details["notes"] = loaded.notes
     outcome.details["dtype"] = str(loaded.policy.model.get_base_model().dtype)
-    wanted = setup.bits == 16 if setup.backend == "transformers" else context.on_gpu
+    wanted = context.backend == "transformers" or context.on_gpu
     outcome.found.append(Found("samples with vLLM", loaded.llm is not None, "", wanted, True, cost=False))
     base = base_parameters(loaded.policy.model.get_base_model())
     copy = _total(base.values())
@@ -147,8 +162,7 @@ def handover(context: Context) -> None:
         raise NotHere("what samples here runs the policy itself, so nothing is handed over")
     requests = loaded.requests(4, 4)
     times = list(push_times(loaded.policy, loaded.sampler, requests, _PUSHES[context.tiny]))[1:]
-    goal = _GOAL_MS if "1.5b" in loaded.config.model else None
-    context.outcome.found.append(measured("the adapter into the engine", times, "ms", goal=goal))
+    context.outcome.found.append(measured("the adapter into the engine", times, "ms", goal=_GOAL_MS))
     layers = loaded.sampler.layers
     context.outcome.details |= {"layers": len(layers), "rank": loaded.config.lora_r, "notes": loaded.notes}
 

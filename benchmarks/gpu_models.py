@@ -1,7 +1,8 @@
-"""Random models in the exact shapes of the presets, with a tokenizer that knows every id; and the machine itself."""
+"""A random model in the exact shape of a preset, with a tokenizer that knows every id; and the machine itself."""
 
 from __future__ import annotations
 
+import gc
 import json
 import shutil
 from pathlib import Path
@@ -17,35 +18,42 @@ if TYPE_CHECKING:
     import torch
     from gpu_worker import Context
 
-# As small as vLLM on a CPU (heads of 32 or more) and 4-bit weights (widths of 64 or more) allow.
-_TINY = {
-    "qwen2-1.5b": Shape(2, 128, 256, 4, 2, 32, 1024, True, 4096, biases="qkv"),
-    "qwen3-4b": Shape(2, 128, 256, 4, 2, 64, 1024, True, 4096, qk_norm=True),
-}
+NAME = "qwen2-1.5b"
+_TINY = Shape(2, 128, 256, 4, 2, 32, 1024, True, 4096, biases="qkv")
+"""As small as vLLM on a CPU (heads of 32 or more) and 4-bit weights (widths of 64 or more) allow."""
 
 
-def shape_for(name: str, tiny: bool) -> Shape:
-    """The preset's shape, or a very small one of the same architecture."""
-    return _TINY[name] if tiny else find_model(name).shape
-
-
-def folder_of(scratch: Path, name: str) -> Path:
-    return scratch / "models" / name
-
-
-def make(context: Context) -> None:
-    """The random model that the stage is named after."""
-    shape, folder = shape_for(context.suffix, context.tiny), folder_of(context.scratch, context.suffix)
-    aside = folder.with_name(folder.name + ".part")
-    shutil.rmtree(aside, ignore_errors=True)
+def machine(context: Context) -> None:
+    """Does torch reach the GPU and compute on it in 16 bits? And the random model of the stages that follow."""
     import torch
 
-    parameters = write_model(aside, shape, context.device, torch.bfloat16 if context.on_gpu else torch.float32)
-    shutil.rmtree(folder, ignore_errors=True)
-    aside.rename(folder)
-    difference = abs(parameters / shape.parameters - 1)
-    context.outcome.found.append(Found("weights of the model, off from the preset", difference, "", 0.0, cost=False))
-    context.outcome.details |= {"parameters": parameters}
+    device = torch.device(context.device)
+    ones = torch.ones(512, 512, device=device, dtype=torch.bfloat16)
+    wrong = int((ones @ ones != 512).sum())
+    context.outcome.found.append(Found("wrong entries of a 512 x 512 product in bfloat16", wrong, "", 0, cost=False))
+    details = context.outcome.details
+    details["torch"] = torch.__version__
+    if context.on_gpu:
+        found = torch.cuda.get_device_properties(device)
+        details |= {
+            "gpu": found.name,
+            "capability": f"{found.major}.{found.minor}",
+            "memory_gib": found.total_memory / 2**30,
+            "free_gib": torch.cuda.mem_get_info(device)[0] / 2**30,
+            "cuda": torch.version.cuda,
+            "cudnn": torch.backends.cudnn.version(),
+        }
+    shape = _TINY if context.tiny else find_model(NAME).shape
+    parameters = write_model(
+        Path(context.model()), shape, context.device, torch.bfloat16 if context.on_gpu else torch.float32
+    )
+    details["parameters"] = parameters
+    off = abs(parameters / shape.parameters - 1)
+    context.outcome.found.append(Found("weights of the model, off from the preset", off, "", 0.0, cost=False))
+    if context.on_gpu:
+        gc.collect()
+        torch.cuda.empty_cache()
+        torch.cuda.reset_peak_memory_stats()
 
 
 def write_model(folder: Path, shape: Shape, device: str, dtype: torch.dtype) -> int:
@@ -97,26 +105,3 @@ def write_tokenizer(folder: Path, vocab: int) -> None:
         if index not in taken:
             known[f"Ġw{index}"] = index  # Ġ is a blank in the alphabet of bytes
     (folder / "tokenizer.json").write_text(json.dumps(content, ensure_ascii=False), encoding="utf-8")
-
-
-def machine(context: Context) -> None:
-    """Does torch reach the GPU and compute on it in 16 bits?"""
-    import torch
-
-    device = torch.device(context.device)
-    ones = torch.ones(512, 512, device=device, dtype=torch.bfloat16)
-    product = ones @ ones
-    wrong = int((product != 512).sum())
-    context.outcome.found.append(Found("wrong entries of a 512 x 512 product in bfloat16", wrong, "", 0, cost=False))
-    details = context.outcome.details
-    details["torch"] = torch.__version__
-    if context.on_gpu:
-        found = torch.cuda.get_device_properties(device)
-        details |= {
-            "gpu": found.name,
-            "capability": f"{found.major}.{found.minor}",
-            "memory_gib": found.total_memory / 2**30,
-            "free_gib": torch.cuda.mem_get_info(device)[0] / 2**30,
-            "cuda": torch.version.cuda,
-            "cudnn": torch.backends.cudnn.version(),
-        }

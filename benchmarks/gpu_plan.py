@@ -1,19 +1,18 @@
-"""A real run of igrpo-lite train, and what its plan said about its memory."""
+"""Steps of a real run, and what its plan said about their memory."""
 
 from __future__ import annotations
 
 import functools
-from collections.abc import Callable
 from typing import TYPE_CHECKING, Any
 
 from gpu_common import Found, NotHere
+from gpu_models import NAME
 
 if TYPE_CHECKING:
     from gpu_worker import Context
 
 GIB = 2**30
 _OFF = 0.10  # planned against measured
-_STEPS = 2
 
 
 class Phases:
@@ -44,39 +43,37 @@ class Phases:
             self.peaks[phase] = max(self.peaks.get(phase, 0), torch.cuda.max_memory_allocated())
             torch.cuda.reset_peak_memory_stats()
 
-    def highest(self, config: Any) -> int:
-        """What ``measured_peak`` would give, had the counters not been set back between phases."""
-        self.take("other")
-        return max(self.peaks.values(), default=0)
-
 
 def train(context: Context) -> None:
-    """Two steps with the settings that the planner chooses, everything at full length."""
-    import igrpo_lite.training.loop as loop
-    import igrpo_lite.training.run as run
+    """The steps of ``igrpo-lite train`` on what the process has loaded as that does, at full length."""
     from igrpo_lite.algorithms.rollout import RolloutCollector
+    from igrpo_lite.report.choice import make_screen
+    from igrpo_lite.report.trackers import Trackers
+    from igrpo_lite.training import loop
+    from igrpo_lite.training.interrupt import Interrupt
+    from igrpo_lite.training.run_folder import RunFolder
     from igrpo_lite.training.update import PolicyUpdate
 
-    phases, plans = Phases(), []
-    phases.watch(run, "prepare", "load")
+    loaded, outcome = context.engine(), context.outcome
+    loaded.sampler.wake()  # if a stage has failed while it slept
+    config, phases = loaded.config, Phases()
+    phases.take("")  # what other stages have used is none of the run's
+    phases.peaks = {"load": loaded.peak}
     phases.watch(RolloutCollector, "collect", "rollout")
     phases.watch(loop, "evaluate", "rollout")
     phases.watch(PolicyUpdate, "step", "update")
-    run.fitted = _kept(run.fitted, plans)
-    run.measured_peak = phases.highest
-
-    import igrpo_lite
-
-    summary = igrpo_lite.train(**_settings(context))
-    outcome = context.outcome
-    kept = {key: summary[key] for key in ("steps", "stopped", "rollouts", "time") if key in summary}
-    outcome.details |= {"summary": kept, "phases_gib": {name: size / GIB for name, size in phases.peaks.items()}}
-    outcome.found.append(Found("steps made", summary["steps"], "", _STEPS, True, cost=False))
-    made = plans[0].plan if plans else None
+    with RunFolder(config) as folder, make_screen(config.progress) as screen, Interrupt() as interrupt:
+        trainer = loop.Trainer(config, loaded.prepared, folder, screen, Trackers([], folder.path, "", {}, print))
+        stop = trainer.run(interrupt)
+    phases.take("other")
+    outcome.details |= {"stopped": stop and stop.text, "seconds": trainer.progress.seconds, "eager": context.eager}
+    outcome.details["phases_gib"] = {name: size / GIB for name, size in phases.peaks.items()}
+    outcome.found.append(Found("steps made", trainer.progress.step, "", config.max_steps, True, cost=False))
+    made = loaded.card.plan
     if made is None:
         raise NotHere("there is no plan without a GPU" if not context.on_gpu else "this model could not be planned for")
-    outcome.details["plan"] = made.to_json() | {"model": context.setup.model if context.setup else ""}
-    memory = summary["memory"]
+    outcome.details["plan"] = made.to_json() | {"model": NAME}
+    memory = loaded.card.comparison(max(phases.peaks.values()))
     outcome.found.append(_off("whole run", memory["planned_gib"], memory["measured_gib"], goal=_OFF))
     for phase in made.phases:
         if phase.name in phases.peaks:
@@ -84,42 +81,7 @@ def train(context: Context) -> None:
             outcome.found.append(_off(phase.name, phase.allocated / GIB, phases.peaks[phase.name] / GIB))
 
 
-def _kept(call: Callable[..., Any], results: list[Any]) -> Callable[..., Any]:
-    @functools.wraps(call)
-    def kept(*args: Any, **kwargs: Any) -> Any:
-        results.append(call(*args, **kwargs))
-        return results[-1]
-
-    return kept
-
-
 def _off(what: str, planned: float, measured: float, goal: float | None = None) -> Found:
     return Found(
         f"{what}: planned {planned:.2f}, measured {measured:.2f} GiB; off", abs(planned / measured - 1), "", goal
     )
-
-
-def _settings(context: Context) -> dict[str, Any]:
-    setup = context.setup
-    assert setup is not None
-    slow = setup.backend == "transformers" and setup.bits == 4  # sampled by our own engine
-    length = 8 if context.tiny else 128 if slow else 512
-    return {
-        "model": context.model(setup.model),
-        "backend": setup.backend,
-        "load_in_4bit": setup.bits == 4,
-        "device": context.device,
-        "output_dir": str(context.scratch / f"run-{setup.name}"),
-        "data": "two-step",
-        "max_problems": 64,
-        "prompts_per_step": 2 if context.tiny else 8,
-        "num_generations": 4 if context.tiny else 8,
-        "max_completion_length": length,
-        "max_draft_length": length,
-        "reward_funcs": ["random"],  # random weights earn nothing else, and without a signal there is no update
-        "max_steps": _STEPS,
-        "eval_size": 2,
-        "eval_steps": _STEPS,
-        "save_steps": _STEPS,
-        "progress": "plain",
-    }

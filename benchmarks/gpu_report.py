@@ -3,14 +3,14 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from typing import Any
 
 _WIDTH = 92
 _SHOWN = 150
 
 
-def line(result: Mapping[str, Any]) -> str:
+def line(name: str, result: Mapping[str, Any]) -> str:
     """One stage in one line."""
     seconds = f"{result['seconds']:.0f} s" if result.get("seconds") is not None else ""
     short = sum(found["met"] is False for found in result["found"])
@@ -20,7 +20,7 @@ def line(result: Mapping[str, Any]) -> str:
     if len(reason) > 2 * _SHOWN:
         reason = f"{reason[:_SHOWN]} ... {reason[-_SHOWN:]}"  # what ended a process stands at the end
     tail = "; ".join(part for part in (goals, reason) if part)
-    return f"{result['stage']:<36} {result['status']:<8} {seconds:>6}  {tail}"
+    return f"{name:<26} {result['status']:<8} {seconds:>6}  {tail}"
 
 
 def verdict(found: Mapping[str, Any]) -> str:
@@ -28,17 +28,10 @@ def verdict(found: Mapping[str, Any]) -> str:
     return {True: "ok", False: "short", None: ""}[found["met"]]
 
 
-def summary(results: Mapping[str, Mapping[str, Any]], facts: Mapping[str, Any]) -> dict[str, Any]:
-    """All stages without their details."""
-    kept = ("status", "reason", "seconds", "load_seconds", "found")
-    return {
-        **facts,
-        "stages": {name: {key: result.get(key) for key in kept} for name, result in results.items()},
-    }
-
-
-def table(results: Mapping[str, Mapping[str, Any]], facts: Mapping[str, Any]) -> str:
-    """Every number with its goal, and every stage that gave none with the reason."""
+def table(
+    results: Mapping[str, Mapping[str, Any]], facts: Mapping[str, Any], processes: Sequence[Mapping[str, Any]]
+) -> str:
+    """Every number with its goal, every stage that gave none with the reason, and what the processes took."""
     gpu = facts.get("gpu")
     where = (
         f"{gpu['name']}, driver {gpu.get('driver') or 'unknown'}" if gpu else "CPU, tiny sizes: costs are not judged"
@@ -58,6 +51,8 @@ def table(results: Mapping[str, Mapping[str, Any]], facts: Mapping[str, Any]) ->
     lines.append(
         f"{counts.count('ok')} goals met, {counts.count('short')} short, {failed} stages failed, {missing} not run"
     )
+    took = (f"{p['name']} {p['seconds']:.0f} s (imports {p['imports']:.0f} s)" for p in processes)
+    lines.append(f"{len(processes)} processes: {', '.join(took)}")
     return "\n".join(lines)
 
 

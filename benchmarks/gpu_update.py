@@ -12,6 +12,7 @@ from unittest.mock import patch
 
 import torch
 from gpu_common import Found, NotHere, measured
+from gpu_models import NAME
 from torch import Tensor
 
 if TYPE_CHECKING:
@@ -27,11 +28,13 @@ _REPEATS = 5
 
 def shapes(context: Context) -> None:
     """``benchmarks/update.py``, shapes a (256 + 768) and b (1,024 + 3,072), on the stage's model."""
-    import update
+    context.close()  # an engine's memory
+    with context.importing():
+        import update
 
     arguments = ["--cases", *_CASES, "--repeats", "3"]
     if context.on_gpu:
-        arguments += ["--device", "cuda", "--models", context.suffix]
+        arguments += ["--device", "cuda", "--models", NAME]
         if torch.cuda.get_device_capability() < (8, 0):
             arguments += ["--dtype", "float32"]
     if context.tiny:
@@ -162,7 +165,7 @@ def _policy(context: Context, dtype: str) -> Policy:
     """The small model with an adapter that is not zero."""
     from rollout_common import make_policy
 
-    return make_policy(context.model("qwen2-1.5b"), dtype, device=context.device)[0]
+    return make_policy(context.model(), dtype, device=context.device)[0]
 
 
 def _branches(prompt: int, count: int, length: int, vocab: int) -> list[Branch]:

