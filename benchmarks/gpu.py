@@ -343,14 +343,13 @@ class _Worker:
         return self._lost(f"its process ended ({how}): {words}" if words else f"its process ended ({how})")
 
     def _lost(self, why: str) -> list[Stage]:
-        """The stage that ran is lost, and where its model could not even be loaded, so are the others."""
+        """The stage that ran is lost; where what it needs could not even be loaded, others that need the same are too."""
         loading = self.loading
         lost = self._blame("failed", why)
-        if loading:
-            for stage in self.waiting:
-                self.run.add(stage, "not run", f"what it needs could not be loaded: see {lost.name}")
-            return []
-        return list(self.waiting)
+        same = [stage for stage in self.waiting if loading and stage.needs == lost.needs]
+        for stage in same:
+            self.run.add(stage, "not run", f"what it needs could not be loaded: see {lost.name}")
+        return [stage for stage in self.waiting if stage not in same]
 
     def _blame(self, status: str, why: str) -> Stage:
         stage = self.waiting.pop(0)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import functools
+from collections.abc import Iterator, Mapping
 from typing import TYPE_CHECKING, Any
 
 from gpu_common import Found, NotHere
@@ -10,6 +11,8 @@ from gpu_models import NAME
 
 if TYPE_CHECKING:
     from gpu_worker import Context
+
+    from igrpo_lite.training.card import Fitted
 
 GIB = 2**30
 _OFF = 0.10  # planned against measured
@@ -69,16 +72,22 @@ def train(context: Context) -> None:
     outcome.details |= {"stopped": stop and stop.text, "seconds": trainer.progress.seconds, "eager": context.eager}
     outcome.details["phases_gib"] = {name: size / GIB for name, size in phases.peaks.items()}
     outcome.found.append(Found("steps made", trainer.progress.step, "", config.max_steps, True, cost=False))
-    made = loaded.card.plan
-    if made is None:
+    if loaded.card.plan is None:
         raise NotHere("there is no plan without a GPU" if not context.on_gpu else "this model could not be planned for")
-    outcome.details["plan"] = made.to_json() | {"model": NAME}
-    memory = loaded.card.comparison(max(phases.peaks.values()))
-    outcome.found.append(_off("whole run", memory["planned_gib"], memory["measured_gib"], goal=_OFF))
-    for phase in made.phases:
-        if phase.name in phases.peaks:
-            # The goal is the run's; a phase that is off says which part of the plan is to blame.
-            outcome.found.append(_off(phase.name, phase.allocated / GIB, phases.peaks[phase.name] / GIB))
+    outcome.details["plan"] = loaded.card.plan.to_json() | {"model": NAME}
+    outcome.found += compared(loaded.card, phases.peaks)
+
+
+def compared(card: Fitted, peaks: Mapping[str, int]) -> Iterator[Found]:
+    """What was planned against the most bytes of each phase. The goal is the run's; a phase that is off says which part
+    of the plan is to blame."""
+    memory = card.comparison(max(peaks.values()))
+    assert memory is not None
+    assert card.plan is not None
+    yield _off("whole run", memory["planned_gib"], memory["measured_gib"], goal=_OFF)
+    for phase in card.plan.phases:
+        if phase.name in peaks:
+            yield _off(phase.name, phase.allocated / GIB, peaks[phase.name] / GIB)
 
 
 def _off(what: str, planned: float, measured: float, goal: float | None = None) -> Found:

@@ -27,10 +27,9 @@ def stages(second: bool) -> list[Stage]:
             Stage("step-trl", "trl", "gpu_steps:trl", "whole steps of TRL's GRPO, vLLM colocate", 240, _VLLM + _TRL),
             Stage("step-grpo", "ours", "gpu_steps:grpo", "whole steps of our GRPO against them", 240, _VLLM),
             Stage("step-igrpo", "ours", "gpu_steps:igrpo", "whole steps of iGRPO, as many rollouts", 90, _VLLM),
-            Stage(
-                "schedules", "ours", "gpu_steps:schedules", "barrier, overlap, ahead and GRPO on one engine", 90, _VLLM
-            ),
-            Stage("update", "ours", "gpu_update:shapes", "shapes a and b against TRL: time and peak memory", 180, _TRL),
+            Stage("schedules", "ours", "gpu_steps:schedules", "barrier, overlap, ahead, GRPO on one engine", 90, _VLLM),
+            Stage("update-a", "ours", "gpu_update:shape_a", "short groups against TRL: time, peak memory", 120, _TRL),
+            Stage("update-b", "ours", "gpu_update:shape_b", "long groups against TRL: time, peak memory", 150, _TRL),
         ]
     return [
         MACHINE,

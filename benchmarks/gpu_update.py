@@ -21,18 +21,27 @@ if TYPE_CHECKING:
     from igrpo_lite.policy.loading import Policy
     from igrpo_lite.policy.tree import Branch
 
-_CASES = ("grpo-a", "stage2-a", "grpo-b", "s-grpo-b")
 _TREE = {False: (1024, 8, 768), True: (24, 4, 16)}  # prompt, completions and their length
 _REPEATS = 5
 
 
-def shapes(context: Context) -> None:
-    """``benchmarks/update.py``, shapes a (256 + 768) and b (1,024 + 3,072), on the stage's model."""
+def shape_a(context: Context) -> None:
+    """Prompts of 256 and answers of 768 tokens; in stage 2 a draft of 768 more in the prompt."""
+    _compare(context, "grpo-a", "stage2-a")
+
+
+def shape_b(context: Context) -> None:
+    """Prompts of 1,024 and answers of 3,072 tokens."""
+    _compare(context, "grpo-b", "s-grpo-b")
+
+
+def _compare(context: Context, *cases: str) -> None:
+    """As ``benchmarks/update.py``, on random weights of its own in the model's shape."""
     context.close()  # an engine's memory
     with context.importing():
         import update
 
-    arguments = ["--cases", *_CASES, "--repeats", "3"]
+    arguments = ["--cases", *cases, "--repeats", "3"]
     if context.on_gpu:
         arguments += ["--device", "cuda", "--models", NAME]
         if torch.cuda.get_device_capability() < (8, 0):

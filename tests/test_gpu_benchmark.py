@@ -26,7 +26,7 @@ FIRST = [
     "flex",
     "fp16",
 ]
-SECOND = ["machine", "step-trl", "step-grpo", "step-igrpo", "schedules", "update"]
+SECOND = ["machine", "step-trl", "step-grpo", "step-igrpo", "schedules", "update-a", "update-b"]
 
 pytestmark = pytest.mark.skipif(sys.platform == "win32", reason="a bash script, and process groups")
 
@@ -84,7 +84,7 @@ def play(
     from gpu_common import Stage
 
     stages = [
-        Stage(name, process, f"actors:{name}", "", seconds if name == "hang" else 30)
+        Stage(name, process, f"actors:{name}", "", seconds if name == "hang" else 30, ("json",) * (name == "elsewhere"))
         for process, names in (("kernels", actors), ("ours", others))
         for name in names
     ]
@@ -116,10 +116,11 @@ def test_what_ends_badly_costs_only_itself(gpu, tmp_path):
 
 
 def test_what_cannot_be_loaded_is_not_tried_again(gpu, tmp_path):
-    _, results = play(gpu, tmp_path, ["load_and_crash", "good"])
+    _, results = play(gpu, tmp_path, ["load_and_crash", "good", "elsewhere"])
     assert results["load_and_crash"]["status"] == "failed"
     assert results["good"]["status"] == "not run"
     assert results["good"]["reason"].startswith("what it needs could not be loaded: see load_and_crash")
+    assert results["elsewhere"]["status"] == "skipped"  # it needs something else, and was run
 
 
 def test_a_broken_process_runs_no_further_stage(gpu, tmp_path):
@@ -277,7 +278,8 @@ def test_the_second_call_runs_at_tiny_sizes(tmp_path, capsys):
         assert len(stages[step]["details"]["steps"]) == 2
     runs = stages["schedules"]["details"]["runs"]
     assert [list(run["sides"]) for run in runs] == [["grpo", "ahead"], ["barrier", "overlap", "ahead"]]
-    assert {"grpo-a", "stage2-a", "grpo-b", "s-grpo-b"} == stages["update"]["details"]["cases"].keys()
+    assert stages["update-a"]["details"]["cases"].keys() == {"grpo-a", "stage2-a"}
+    assert stages["update-b"]["details"]["cases"].keys() == {"grpo-b", "s-grpo-b"}
 
 
 @needs_vllm
@@ -310,6 +312,22 @@ def test_goals_are_judged_by_their_kind(gpu):
     assert Found("a", 1.1, goal=1.0, at_least=True).record(judged=True)["met"] is True
     assert Found("a", float("nan"), goal=1.0).record(judged=True)["met"] is False
     assert measured("a", [3.0, 1.0, 2.0]).value == 2.0
+
+
+def test_a_plan_is_held_against_each_phase(gpu):
+    from gpu_plan import compared
+
+    from igrpo_lite.planning.gpus import GIB, find_gpu
+    from igrpo_lite.settings import resolve
+    from igrpo_lite.training.card import fitted
+
+    config = resolve({"model": "qwen2-1.5b", "backend": "transformers", "max_completion_length": 512})
+    card = fitted(config, find_gpu("h200"))
+    planned = {phase.name: phase.allocated for phase in card.plan.phases}
+    whole, load, update = compared(card, {"load": planned["load"], "update": 2 * planned["update"], "other": GIB})
+    assert (whole.value, load.value, update.value) == (0.5, 0.0, 0.5)
+    assert whole.what.startswith(f"whole run: planned {planned['update'] / GIB:.2f}, measured")
+    assert [found.record(judged=True)["met"] for found in (whole, load, update)] == [False, None, None]
 
 
 def test_models_have_the_shapes_of_the_presets(gpu):
