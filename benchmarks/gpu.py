@@ -343,7 +343,7 @@ class _Worker:
         return self._lost(f"its process ended ({how}): {words}" if words else f"its process ended ({how})")
 
     def _lost(self, why: str) -> list[Stage]:
-        """The stage that ran is lost; where what it needs could not even be loaded, others that need the same are too."""
+        """The stage that ran is lost, and where its loading ended all, so are others with the same needs."""
         loading = self.loading
         lost = self._blame("failed", why)
         same = [stage for stage in self.waiting if loading and stage.needs == lost.needs]
