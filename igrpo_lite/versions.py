@@ -1,9 +1,13 @@
-"""Versions of what a result depends on."""
+"""Versions of what a result depends on, and the range of vLLM versions that are supported."""
 
 from __future__ import annotations
 
 import platform
 from importlib.metadata import PackageNotFoundError, version
+
+VLLM = ">=0.26,<0.33"
+"""The vLLM versions that the sampler is written for and was run with: the first, the last and two between on a CPU. The
+extra ``vllm``, the sets and the documentation are held against it by tests."""
 
 _PACKAGES = ("igrpo-lite", "torch", "transformers", "peft", "datasets", "accelerate", "tokenizers", "numpy")
 

@@ -75,3 +75,19 @@ def make(tmp_path: Path) -> Iterator[Make]:
     yield build
     for scorer in scorers:
         scorer.close()
+
+
+@pytest.fixture
+def smi(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Callable[[str, str], None]:
+    """What ``nvidia-smi`` says is made up, by a program of its name: the banner, and the line of the GPU."""
+    if os.name == "nt":
+        pytest.skip("the driver's tool is stood in for by a shell script")
+
+    def says(banner: str, row: str) -> None:
+        tool = tmp_path / "nvidia-smi"
+        tool.write_text(f'#!/bin/sh\ncase "$*" in *query-gpu*) echo "{row}";; *) echo "{banner}";; esac\n')
+        tool.chmod(0o755)
+        monkeypatch.setenv("PATH", f"{tmp_path}{os.pathsep}{os.environ['PATH']}")
+        monkeypatch.delenv("CUDA_VISIBLE_DEVICES", raising=False)
+
+    return says

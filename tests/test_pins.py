@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import os
 import re
 import subprocess
 import sys
@@ -14,6 +13,7 @@ from pathlib import Path
 import pytest
 from doctor_parts import A100, METADATA, P100, SET_A, T4, V100, WORKS
 from packaging.requirements import Requirement
+from packaging.specifiers import SpecifierSet
 from packaging.utils import canonicalize_name
 from packaging.version import Version
 
@@ -21,7 +21,8 @@ from igrpo_lite.environment import pins as module
 from igrpo_lite.environment.diagnosis import problems
 from igrpo_lite.environment.facts import Driver, Facts, Gpu, Torch
 from igrpo_lite.environment.known_bad import KNOWN_BAD
-from igrpo_lite.environment.pins import SETS, choose, indexes, main, missing, pins, suited
+from igrpo_lite.environment.pins import INSTALL, SETS, Choice, choose, indexes, main, missing, pins, suited
+from igrpo_lite.versions import VLLM
 
 ROOT = Path(__file__).resolve().parents[1]
 FILES = sorted(path.name for path in SETS.glob("*.txt"))
@@ -76,7 +77,7 @@ def test_every_set_can_be_chosen_and_is_described():
 def test_a_set_lies_within_our_own_ranges(file):
     project = tomllib.loads((ROOT / "pyproject.toml").read_text(encoding="utf-8"))["project"]
     extras = project["optional-dependencies"]
-    asked = [Requirement(text) for text in (*project["dependencies"], *extras["vllm"], *extras["unsloth"])]
+    asked = [Requirement(text) for text in (*project["dependencies"], f"vllm{VLLM}", *extras["unsloth"])]
     pinned = pins(file)
     for requirement in asked:
         found = pinned.get(canonicalize_name(requirement.name))
@@ -112,10 +113,38 @@ def test_another_build_has_the_same_versions(file, like):
     assert f"https://download.pytorch.org/whl/{build}" in indexes(file)
 
 
-def test_the_doctors_repairs_name_the_same_versions_and_indexes():
-    repair = next(row.repair for row in KNOWN_BAD if row.failing and row.failing[0] == "vllm")
-    assert f"vllm=={pins('b-cu129.txt')['vllm']}" in repair
-    assert re.findall(r"--extra-index-url (\S+)", repair) == indexes("b-cu129.txt")
+def test_the_extras_are_within_the_supported_versions_and_take_those_of_set_a():
+    extras = tomllib.loads((ROOT / "pyproject.toml").read_text(encoding="utf-8"))["project"]["optional-dependencies"]
+    taken = {(one := Requirement(text)).name: one.specifier for text in (*extras["vllm"], *extras["unsloth"])}
+    releases = [f"0.{minor}.{patch}" for minor in range(40) for patch in range(4)]
+    assert {r for r in releases if r in taken["vllm"]} < {r for r in releases if r in SpecifierSet(VLLM)}
+    # On every vLLM that it takes, the plugin for 4-bit weights is needed, and does no harm.
+    assert min(r for r in map(Version, releases) if r in taken["vllm"]) >= Version("0.28")
+    for package, specifier in taken.items():
+        assert pins("a.txt")[canonicalize_name(package)] in specifier
+
+
+@pytest.mark.parametrize("page", ["docs/rollouts.md", "CHANGELOG.md", "benchmarks/README.md"])
+def test_pages_name_the_supported_versions_of_vllm(page):
+    first, before = (Version(one.version) for one in sorted(SpecifierSet(VLLM), key=lambda one: one.version))
+    text = " ".join((ROOT / page).read_text(encoding="utf-8").split())
+    named = re.findall(r"\b(0\.2\d)\b.{0,99}? to (0\.3\d)\b", text)
+    assert named == [(str(first), f"0.{before.minor - 1}")]
+
+
+def test_no_advice_replaces_an_images_torch_by_pips_choice():
+    """By an extra with vLLM or Unsloth, or by torch, vLLM or igrpo-lite with what they ask for, without our set."""
+    files = [ROOT / "README.md", *(ROOT / "docs").glob("*.md"), *(ROOT / "notebooks").glob("*.ipynb")]
+    found = {}
+    for file in (*files, *(ROOT / "igrpo_lite").rglob("*.py")):
+        for line in re.findall(r"pip install[^\n;#`)]*", file.read_text(encoding="utf-8")):
+            wild = re.search(r"\[[^\]]*(vllm|unsloth)|[ '\"](torch|vllm)\b|[ '\"]\.(?=$|[ '\"\[])", line)
+            if wild and not re.search(r"--no-deps|whl/cpu|-c constraints", line):
+                found[file.name] = line
+    assert found.keys() == {"diagnosis.py"}  # where there is no GPU
+
+
+def test_the_doctors_repairs_name_the_same_versions():
     plugin = next(row.repair for row in KNOWN_BAD if "vllm-bnb-plugin" in row.without)
     assert f"vllm-bnb-plugin=={pins('a.txt')['vllm-bnb-plugin']}" in plugin
 
@@ -144,7 +173,7 @@ def machine(gpu: Gpu | None, cuda: str, installed: dict[str, str]) -> Facts:
 def test_the_doctor_has_nothing_to_say_about_the_versions_of_set_b():
     pinned = pins("b-cu129.txt")
     rest = {"numpy": "2.3.5", "triton": "3.6.0", "numba": "0.65.0", "huggingface-hub": "1.33.0"}
-    rest["flashinfer-python"] = "0.6.14"
+    rest |= {"flashinfer-python": "0.6.14", "xformers": "0.0.35"}
     facts = replace(
         machine(T4, "12.4", {**pinned, **rest, "certifi": "2026.10.19"}),
         requires={
@@ -168,19 +197,33 @@ def test_the_doctor_installs_from_the_set_that_suits():
     facts = replace(machine(T4, "12.4", {"torch": "2.11.0"}), back_ends={"transformers-16bit": WORKS})
     facts = replace(facts, back_ends={**facts.back_ends, "vllm": replace(WORKS, state="not installed")})
     repair = next(p.repair for p in problems(facts, ["vllm"]) if "vllm was asked for" in p.what)
-    assert repair == f"pip install -r {SETS / 'b-cu129.txt'}"
+    assert repair == INSTALL
     old = replace(facts, driver=Driver("525.1", "12.0", (V100,)), torch=replace(facts.torch, devices=(V100,)))
     repair = next(p.repair for p in problems(old, ["vllm"]) if "vllm was asked for" in p.what)
-    assert repair == "pip install 'igrpo-lite[vllm]'"
+    assert repair.startswith("there is none for this machine: vLLM and torch's builds for CUDA 13 need")
 
 
 def test_what_is_missing_is_said_by_version():
     assert missing("c.txt", {**pins("c.txt"), "torch": "2.13.0+cu130"}) == []
     found = missing("c.txt", {**pins("c.txt"), "torch": "2.10.0+cu126", "peft": ""})
     assert found == ["torch 2.10.0+cu126 instead of 2.13.0", "peft 0.21.2"]
+    assert missing("a.txt", pins("a.txt") | {"torch": "2.13.0+cu126"}) == [
+        "torch 2.13.0+cu126 instead of 2.13.0 for CUDA 13"
+    ]
+    assert missing("cpu.txt", pins("cpu.txt") | {"torch": "2.13.0+cu126"}) == []
     windows = pins("c-cu130.txt")
     assert missing("c-cu130.txt", windows) == []
     assert missing("c-cu130.txt", windows | {"torch": "2.13.0"}) == ["torch 2.13.0 instead of 2.13.0+cu130"]
+
+
+def test_pip_takes_another_build_for_another_version_where_it_must():
+    choice = Choice("a.txt", "")
+    there = pins("a.txt") | {"torch": "2.13.0+cpu"}
+    (word,) = [word for word in choice.command(there) if "torch" in word]
+    assert "2.13.0+cpu" in Requirement("torch==2.13.0").specifier
+    assert "2.13.0+cpu" not in Requirement(word).specifier
+    assert "2.13.0" in Requirement(word).specifier
+    assert not any("===" in word for word in choice.command(there | {"torch": "2.13.0+cu130"}))
 
 
 def test_it_runs_on_the_standard_library_alone():
@@ -204,25 +247,10 @@ def test_in_a_fresh_clone_igrpo_lite_comes_first(monkeypatch, capsys):
     assert "pip install --no-deps ." in capsys.readouterr().out
 
 
-@pytest.fixture
-def smi(tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
-    """What ``nvidia-smi`` says is made up, by a program of its name."""
-
-    def say(banner: str, row: str) -> None:
-        tool = tmp_path / "nvidia-smi"
-        tool.write_text(f'#!/bin/sh\ncase "$*" in *query-gpu*) echo "{row}";; *) echo "{banner}";; esac\n')
-        tool.chmod(0o755)
-        monkeypatch.setenv("PATH", f"{tmp_path}{os.pathsep}{os.environ['PATH']}")
-        monkeypatch.delenv("CUDA_VISIBLE_DEVICES", raising=False)
-
-    return say
-
-
 COLAB = "NVIDIA-SMI 550.54.15  Driver Version: 550.54.15  CUDA Version: 12.4", "0, Tesla T4, GPU-1, 15360, 15000, 7.5"
 KAGGLE_P100 = COLAB[0], "0, Tesla P100-PCIE-16GB, GPU-1, 16384, 16000, 6.0"
 
 
-@pytest.mark.skipif(os.name == "nt", reason="the driver's tool is stood in for by a shell script")
 def test_a_colab_t4_gets_set_b_and_pip_runs_once(smi, monkeypatch, capfd):
     smi(*COLAB)
     calls = []
@@ -253,7 +281,25 @@ def test_a_colab_t4_gets_set_b_and_pip_runs_once(smi, monkeypatch, capfd):
     assert "set C (c-cu126.txt)" in capfd.readouterr().out
 
 
-@pytest.mark.skipif(os.name == "nt", reason="the driver's tool is stood in for by a shell script")
+def test_what_cannot_load_beside_the_set_is_taken_away_again(smi, monkeypatch, capfd):
+    smi("Driver Version: 580.65  CUDA Version: 13.0", "0, NVIDIA L4, GPU-1, 23034, 22000, 8.9")
+    calls = []
+    real = subprocess.run
+
+    def run(command, **options):
+        if "pip" not in command:
+            return real(command, **options)
+        calls.append(command[3:])
+        return subprocess.CompletedProcess(command, 0)
+
+    monkeypatch.setattr(module.subprocess, "run", run)
+    assert main(["--install"]) == 0
+    assert "set A" in capfd.readouterr().out
+    assert [call[0] for call in calls] == ["install", "uninstall"]
+    assert calls[1][-1] == "xformers"
+    assert not any("xformers" in pins(file) for file in FILES)
+
+
 def test_a_p100_is_refused_in_a_sentence(smi, capfd):
     smi(*KAGGLE_P100)
     assert main(["--install"]) == 3

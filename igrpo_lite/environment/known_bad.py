@@ -11,6 +11,7 @@ from packaging.specifiers import SpecifierSet
 from packaging.version import InvalidVersion, Version
 
 from igrpo_lite.environment.facts import Facts
+from igrpo_lite.environment.pins import INSTALL
 
 
 @dataclass(frozen=True, slots=True)
@@ -70,54 +71,37 @@ def _within(version: str, specifier: str) -> bool:
         return False
 
 
-_TORCH = 'pip install --force-reinstall "torch>=2.11,<2.15" --index-url https://download.pytorch.org/whl/'
 _CUDA_MATRIX = "https://github.com/pytorch/pytorch/pull/175253"
 _RESOLVED = "uv pip compile over PyPI, November 2026"
 
 KNOWN_BAD = (
     # torch, driver and GPU
     KnownBad(
-        "torch is a build without CUDA, so the GPU is not used",
-        _TORCH + "cu130",
+        "torch is built without CUDA, so it sees no GPU",
+        INSTALL,
         "https://pytorch.org/get-started/locally/",
-        when={"torch-build": "", "gpu": ">=7.5", "driver-cuda": ">=13"},
+        when={"torch-build": "", "gpu": ">=7.0", "driver-cuda": ">=12"},
         without=("torch-cuda", "torch-hip"),
         level="error",
     ),
     KnownBad(
-        "torch is a build without CUDA, so the GPU is not used",
-        _TORCH + "cu126",
-        "https://pytorch.org/get-started/locally/",
-        when={"torch-build": "", "gpu": ">=7.0,<10", "driver-cuda": ">=12,<13"},
-        without=("torch-cuda", "torch-hip"),
-        level="error",
-    ),
-    KnownBad(
-        "torch is built for CUDA 13, but the driver runs CUDA 12 at most: torch sees no GPU; take torch's build for "
-        "CUDA 12, or update the driver to 580 or newer",
-        _TORCH + "cu126",
+        "torch is built for CUDA 13, but the driver runs CUDA 12 at most, so torch sees no GPU; update the driver to "
+        "580 or newer, or take builds that it runs",
+        INSTALL,
         "https://github.com/unslothai/unsloth/issues/6590",
-        when={"torch-build": "", "torch-cuda": ">=13", "driver-cuda": "<13", "gpu": ">=7.0,<10"},
+        when={"torch-build": "", "torch-cuda": ">=13", "driver-cuda": "<13"},
         level="error",
     ),
     KnownBad(
-        "torch is built for CUDA 13, but the driver runs CUDA 12 at most: torch sees no GPU; take torch 2.11, the last "
-        "that is built for CUDA 12.8, or update the driver to 580 or newer",
-        'pip install --force-reinstall "torch==2.11.*" --index-url https://download.pytorch.org/whl/cu128',
-        _CUDA_MATRIX,
-        when={"torch-build": "", "torch-cuda": ">=13", "driver-cuda": "<13", "gpu": ">=10"},
-        level="error",
-    ),
-    KnownBad(
-        "torch's builds for CUDA 13 have no code for GPUs older than Turing: no kernel image is available",
-        _TORCH + "cu126",
+        "torch's builds for CUDA 12.8 and newer have no code for GPUs older than Turing: no kernel image is available",
+        INSTALL,
         _CUDA_MATRIX,
         when={"torch-build": ">=2.11", "torch-cuda": ">=12.8", "driver-cuda": ">=13", "gpu": ">=7.0,<7.5"},
         level="error",
     ),
     KnownBad(
         "torch's builds for CUDA 12.6 and older have no code for Blackwell GPUs: no kernel image is available",
-        _TORCH + "cu130",
+        INSTALL,
         _CUDA_MATRIX,
         when={"torch-build": "", "torch-cuda": "<12.8", "driver-cuda": ">=13", "gpu": ">=10"},
         level="error",
@@ -167,12 +151,6 @@ KNOWN_BAD = (
     ),
     # what a resolver without floors picks
     KnownBad(
-        "a vLLM of years ago: where nothing sets a floor, pip walks back as far as 0.2.5",
-        'pip install "vllm>=0.31,<0.32"',
-        _RESOLVED,
-        when={"vllm": "<0.11"},
-    ),
-    KnownBad(
         "an Unsloth of years ago: pip walked back to it because of another package's pins",
         'pip install "unsloth>=2026.10,<2027" "unsloth_zoo>=2026.10,<2027"',
         _RESOLVED,
@@ -188,8 +166,7 @@ KNOWN_BAD = (
     # vLLM and Unsloth on particular GPUs and systems
     KnownBad(
         "vLLM's wheels for CUDA 13 (its default since 0.20) do not run on a driver for CUDA 12",
-        'pip install "vllm==0.26.0+cu129" --extra-index-url https://wheels.vllm.ai/0.26.0/cu129'
-        " --extra-index-url https://download.pytorch.org/whl/cu129",
+        INSTALL,
         "https://github.com/vllm-project/vllm/issues/52300",
         when={"vllm": "", "driver-cuda": "<13"},
         failing=("vllm", r"libcudart\.so\.13"),
@@ -222,7 +199,7 @@ KNOWN_BAD = (
         when={"unsloth": "", "gpu": ">=7.0,<7.5"},
     ),
     KnownBad(
-        "vLLM has no build for Windows itself: install igrpo-lite[vllm] inside WSL2 (transformers samples on both)",
+        "vLLM has no build for Windows itself: use igrpo-lite inside WSL2 (transformers samples on both)",
         "wsl --install",
         "https://github.com/unslothai/unsloth/issues/2461",
         when={"vllm": ""},

@@ -19,6 +19,8 @@ from packaging.utils import canonicalize_name
 from packaging.version import InvalidVersion, Version
 
 from igrpo_lite.environment.facts import Facts
+from igrpo_lite.environment.pins import INSTALL, pins, suited, unloadable
+from igrpo_lite.versions import VLLM
 
 OURS = "igrpo-lite"
 ASKERS = (
@@ -33,6 +35,7 @@ SHOWN = (
 )
 """Further packages whose versions matter, beside those that igrpo-lite requires."""
 
+_OF_A_CUDA = ("torch", "torchvision", "vllm")
 _CONDITIONS = ("tensorflow", "protobuf")  # only named by known-bad combinations
 
 
@@ -68,12 +71,14 @@ def read_packages() -> tuple[dict[str, str], dict[str, tuple[str, ...]]]:
 
 
 def violations(facts: Facts) -> list[Violation]:
-    """Every requirement that is not met: of ours first, then of the back ends."""
-    versions = facts.versions()
+    """Every requirement that is not met: of ours first, then of the back ends; without what our set leaves out."""
+    versions, left_out = facts.versions(), unloadable(suited(facts).file)
     found = []
     for asker, requirement in demands(facts):
         package = canonicalize_name(requirement.name)
         version = versions.get(package)
+        if version is None and package in left_out:
+            continue
         if version is None or not _meets(version, requirement.specifier):
             newer = version is not None and _is_newer(version, requirement.specifier)
             found.append(Violation(asker, package, _spelt(requirement.specifier), version, newer))
@@ -83,8 +88,9 @@ def violations(facts: Facts) -> list[Violation]:
 def demands(facts: Facts) -> list[tuple[str, Requirement]]:
     """Who asks for what, as far as it applies here.
 
-    Of our extras, one that is called like a package it contains (``vllm``) counts whole once that package is there; of
-    the others only those packages that are there; ``test`` never.
+    Of our extras, one that is called like a package it contains (``unsloth``) counts whole once that package is there;
+    of the others only those packages that are there; ``test`` never. ``vllm``, which names one release, counts as the
+    whole range that is supported.
     """
     versions = facts.versions()
     found = []
@@ -102,8 +108,10 @@ def demands(facts: Facts) -> list[tuple[str, Requirement]]:
         whole = extra_name in {canonicalize_name(requirement.name) for requirement in requirements}
         for requirement in requirements:
             key = extra_name if whole else canonicalize_name(requirement.name)
-            if extra_name != "test" and key in versions:
+            if extra_name not in ("test", "vllm") and key in versions:
                 found.append((f"{OURS}[{extra_name}]", requirement))
+    if "vllm" in versions:
+        found.append((f"{OURS}[vllm]", Requirement(f"vllm{VLLM}")))
     return found
 
 
@@ -113,7 +121,11 @@ def own_ranges(facts: Facts) -> dict[str, str]:
 
 
 def repair(package: str, facts: Facts) -> str:
-    """The command that gives a package a version that suits all who ask for it, or a sentence why there is none."""
+    """The command that gives a package a version that suits all who ask for it, or a sentence why there is none. Where
+    the version decides which CUDA is there, a whole set of versions."""
+    choice = suited(facts)
+    if package in _OF_A_CUDA and choice.file and package in pins(choice.file):
+        return INSTALL
     asked = [(asker, r.specifier) for asker, r in demands(facts) if canonicalize_name(r.name) == package]
     specifiers = _tightest(specifier for _, one in asked for specifier in one)
     if specifiers is None:

@@ -29,6 +29,10 @@ NEWEST_PYTHON = (3, 13)
 
 CPU = "cpu.txt"
 
+INSTALL = "python -m igrpo_lite.environment.pins --install"
+"""What every message advises, and not an extra: pip would take the newest builds of torch and vLLM, which are for CUDA
+13 whatever the driver runs."""
+
 
 @dataclass(frozen=True, slots=True)
 class Choice:
@@ -50,10 +54,11 @@ class Choice:
     def path(self) -> Path:
         return SETS / self.file
 
-    @property
-    def command(self) -> list[str]:
-        """All at once, so that pip sees everything; igrpo-lite is there already and only brings what it needs."""
-        return [sys.executable, "-m", "pip", "install", "-r", str(self.path), f"igrpo-lite=={__version__}"]
+    def command(self, installed: Mapping[str, str]) -> list[str]:
+        """All at once, so that pip sees everything; igrpo-lite is there already and only brings what it needs. ``===``
+        takes another build of the same version for another version, which ``==`` does not."""
+        other = [f"{name}==={pin}" for name, pin in pins(self.file).items() if _other_build(self.file, installed, name)]
+        return [sys.executable, "-m", "pip", "install", "-r", str(self.path), *other, f"igrpo-lite=={__version__}"]
 
     def __str__(self) -> str:
         """For the user: a set by its letter, and the reason."""
@@ -100,9 +105,9 @@ def choose(*, system: str, machine: str, python: str, gpu: Gpu | None, cuda: str
 
 
 def pins(file: str) -> dict[str, str]:
-    """The versions in a requirements file, by package, with those of the files that it reads."""
+    """The versions in a requirements file, by package, with those of the files that it reads; none in no file."""
     found: dict[str, str] = {}
-    for line in (SETS / file).read_text(encoding="utf-8").splitlines():
+    for line in (SETS / file).read_text(encoding="utf-8").splitlines() if file else ():
         if included := re.match(r"-r (\S+)", line):
             found |= pins(included[1])
         elif pinned := re.match(r"([\w-]+)==(\S+)", line):
@@ -128,15 +133,28 @@ def indexes(file: str) -> list[str]:
     return re.findall(r"(?m)^--extra-index-url (\S+)", (SETS / file).read_text(encoding="utf-8"))
 
 
+def unloadable(file: str) -> list[str]:
+    """Packages that those of a set bring with them and that cannot load beside its torch, as its comments say."""
+    return re.findall(r"(?m)^# without ([\w-]+)", (SETS / file).read_text(encoding="utf-8")) if file else []
+
+
 def missing(file: str, installed: Mapping[str, str]) -> list[str]:
-    """What of a set is not installed, or in another version: ``torch 2.10.0 instead of 2.11.0``. The build counts where
-    the set names one: Windows' own torch is for CPUs, and the usual one has no code for a V100."""
+    """What of a set is not installed, or in another version or build: ``torch 2.10.0 instead of 2.11.0``. The build
+    counts where the set names one (Windows' own torch is for CPUs, and the usual one has no code for a V100), and where
+    one for a CPU or for CUDA 12 stands in the place of PyPI's, which is for CUDA 13."""
     found = []
     for package, wanted in pins(file).items():
         there = installed.get(package, "")
-        if (there if "+" in wanted else there.partition("+")[0]) != wanted:
+        if _other_build(file, installed, package):
+            found.append(f"{package} {there} instead of {wanted} for CUDA 13")
+        elif (there if "+" in wanted else there.partition("+")[0]) != wanted:
             found.append(f"{package} {there} instead of {wanted}" if there else f"{package} {wanted}")
     return found
+
+
+def _other_build(file: str, installed: Mapping[str, str], package: str) -> bool:
+    version, _, build = installed.get(package, "").partition("+")
+    return file != CPU and version == pins(file)[package] and bool(build) and not build.startswith("cu13")
 
 
 def suited(facts: Facts) -> Choice:
@@ -170,8 +188,10 @@ def main(words: Sequence[str] | None = None) -> int:
     if not _installed(["igrpo-lite"]):
         print("igrpo-lite itself comes first: pip install --no-deps . in its folder")
         return 2
-    absent = missing(choice.file, _installed(pins(choice.file)))
+    installed = _installed(pins(choice.file))
+    absent = missing(choice.file, installed)
     absent += [name for name in _needed() if name not in pins(choice.file) and name not in _installed([name])]
+    command = choice.command(installed)
     if not absent:
         print("all of it is installed")
         return 0
@@ -179,10 +199,12 @@ def main(words: Sequence[str] | None = None) -> int:
     print(f"missing: {', '.join(absent[:8])}{more}")
     if choice.letter:
         print("the versions are known to go together by what their packages say; nobody has run them on a GPU yet")
-    print(shlex.join(choice.command), flush=True)
+    print(shlex.join(command), flush=True)
     if not given.install:
         return 0
-    code = subprocess.run([*choice.command, "--quiet"]).returncode
+    code = subprocess.run([*command, "--quiet"]).returncode
+    if code == 0 and unloadable(choice.file):
+        subprocess.run([sys.executable, "-m", "pip", "uninstall", "--quiet", "--yes", *unloadable(choice.file)])
     if code == 0:
         print(
             "installed. Restart the runtime if this notebook has imported torch, numpy or transformers itself; "

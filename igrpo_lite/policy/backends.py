@@ -18,6 +18,7 @@ from typing import TYPE_CHECKING, Any, Literal, Protocol
 
 from igrpo_lite.config import ModelOptions
 from igrpo_lite.environment.hardware import has_gpu
+from igrpo_lite.environment.torch_build import cuda_trouble
 from igrpo_lite.errors import ModelError
 from igrpo_lite.planning.models import hub_id
 from igrpo_lite.planning.shapes import FAST
@@ -113,9 +114,12 @@ def choose(options: ModelOptions) -> Choice:
     """The back end that the configuration names, or the best that is there."""
     if options.backend != "auto":
         return Choice(options.backend)
-    if not (options.device == "auto" or options.device.startswith("cuda")) or find_spec("unsloth") is None:
+    if not (options.device == "auto" or options.device.startswith("cuda")) or not has_gpu():
         return Choice("transformers")
-    if not has_gpu():
+    trouble = cuda_trouble(options.device)
+    if trouble is not None:
+        return Choice("transformers", str(trouble))
+    if find_spec("unsloth") is None:
         return Choice("transformers")
     reason = _unfit(options)
     if reason:

@@ -14,6 +14,7 @@ from typing import Any
 
 from igrpo_lite.config import ModelOptions
 from igrpo_lite.environment.hardware import gpu_facts, has_gpu
+from igrpo_lite.environment.pins import INSTALL
 from igrpo_lite.errors import ModelError
 from igrpo_lite.policy.quiet import quiet
 
@@ -30,8 +31,7 @@ def prepare(options: ModelOptions) -> Any:
         return sys.modules["unsloth"]
     if find_spec("unsloth") is None:
         raise ModelError(
-            "backend: unsloth is not installed: pip install 'igrpo-lite[unsloth]' for a CUDA GPU, or use --backend "
-            "transformers"
+            f"backend: unsloth is not installed: {INSTALL} (for a CUDA GPU); --backend transformers needs nothing"
         )
     for name, value in environment(options).items():
         os.environ[name] = value

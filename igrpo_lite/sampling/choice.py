@@ -5,6 +5,7 @@ from __future__ import annotations
 import importlib.util
 
 from igrpo_lite.config import RunConfig
+from igrpo_lite.environment.pins import INSTALL
 from igrpo_lite.errors import SamplerError
 from igrpo_lite.policy.four_bit import is_packed
 from igrpo_lite.policy.loading import Policy
@@ -57,7 +58,7 @@ def make_sampler(
     elif on_gpu and packed:
         notes.append(f"sampling with transformers, which is slower: {_PACKED}; --backend unsloth has one copy for both")
     elif on_gpu:
-        notes.append("sampling with transformers; vLLM is faster on a GPU: pip install 'igrpo-lite[vllm]'")
+        notes.append(f"sampling with transformers; vLLM is faster on a GPU: {INSTALL}")
     return TransformersSampler(Replica(policy.model), prompts.tokenizer, ends, config.max_num_seqs), notes
 
 

