@@ -16,7 +16,7 @@ from peft import LoraConfig, get_peft_model
 
 from igrpo_lite.sampling.base import Request, request_seed
 from igrpo_lite.sampling.replica import Replica, can_merge
-from igrpo_lite.sampling.transformers import TransformersSampler, cut_off
+from igrpo_lite.sampling.transformers import TransformersSampler, _Rows, cut_off
 from igrpo_lite.types import Completion, Prompt
 
 STOP = (1, 2, 3)
@@ -165,6 +165,23 @@ def test_sampling_follows_the_cut_off_distribution(top_p, min_p):
     freedom = int(likely.sum())
     assert 5 < freedom < VOCAB
     assert float(((counts[likely] - expected) ** 2 / expected).sum()) < freedom + 4 * (2 * freedom) ** 0.5
+
+
+def test_what_was_cut_off_is_never_sampled_however_sums_are_rounded(monkeypatch):
+    """CUDA's parallel sums need not rise where something is added, nor stay where nothing is."""
+    few, sums = 2.0**-20, torch.tensor([[0.0, 0.25, 0.25, 1.0, 1.0]]).repeat(5, 1)
+    sums[0, 0] = few  # a first token of probability 0
+    sums[1, 2] += few  # one in the middle
+    sums[2, 2:] = torch.tensor([0.25 - few, 1.0 - few, 1.0])  # after a fall; and one that ends the sums
+    uniforms = torch.tensor([0.0, 0.25 + few / 2, 1.0 - few / 2, 0.25 - few / 2, 0.25])
+    logits = torch.tensor([[-40.0, 0.0, -40.0, math.log(3), -40.0]]).repeat(5, 1)
+    rows = _Rows(5, torch.device("cpu"))
+    rows.append([Request(Prompt("", (4,)), 0, 1, 1.0, top_p=0.9)] * 5)
+    rows.uniforms[:, 0] = uniforms
+    monkeypatch.setattr(torch, "cumsum", lambda probabilities, dim: sums)
+    rows.sample(logits, slice(0, 5))
+    assert rows.last.tolist() == [1, 3, 3, 1, 3]
+    torch.testing.assert_close(rows.logprobs[:, 0].exp(), torch.tensor([0.25, 0.75, 0.75, 0.25, 0.75]))
 
 
 def test_cut_off_rows_leave_the_others_as_they_are():

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 from collections import Counter, deque
 from collections.abc import Sequence
+from inspect import signature
 from itertools import groupby
 from typing import Any
 
@@ -71,6 +72,8 @@ class _Run:
         self.sampler = sampler
         self.on_finished = on_finished
         self.backbone, self.head = split_heads(model)
+        # transformers 5.24 calls "cache" what 5.17 knows as "past_key_values" only, and 5.40 is to drop the old name.
+        self.cache_name = "cache" if "cache" in signature(self.backbone.forward).parameters else "past_key_values"
         self.windows = _attention_windows(model.config.get_text_config())
         self.device = sampler.device
         self.cache = SlotCache(sampler.max_num_seqs, self.device)
@@ -135,7 +138,7 @@ class _Run:
             # Made without the model's configuration, so that sliding layers too keep every token, as slots do.
             cache = DynamicCache()
             # Causal: what pads on the right cannot be seen from the left.
-            output = self.backbone(input_ids=padded.to(self.device), past_key_values=cache, use_cache=True)
+            output = self.backbone(input_ids=padded.to(self.device), use_cache=True, **{self.cache_name: cache})
             hidden = output.last_hidden_state
             ends = torch.tensor([len(prompt) - 1 for prompt in chunk], device=self.device)
             logits = self.head(hidden[torch.arange(len(chunk), device=self.device), ends])
@@ -152,8 +155,8 @@ class _Run:
             input_ids=self.rows.last[:live, None],
             position_ids=cache.positions,
             attention_mask=mask,
-            past_key_values=cache,
             use_cache=True,
+            **{self.cache_name: cache},
         )
         cache.advance()
         self.rows.sample(self.head(output.last_hidden_state[:, -1]), slice(0, live))
@@ -223,9 +226,7 @@ class _Rows:
         logprobs = torch.log_softmax(logits / torch.where(greedy, 1.0, temperature), dim=-1)
         self._cut_off(logprobs, self.requests[rows])
         column = self.count[rows, None]
-        cdf = torch.cumsum(logprobs.exp(), dim=-1)
-        token = torch.searchsorted(cdf, self.uniforms[rows].gather(1, column) * cdf[:, -1:], right=True)
-        token = token.clamp_(max=logits.shape[-1] - 1)
+        token = _invert(logprobs.exp(), self.uniforms[rows].gather(1, column))
         if any(request.temperature == 0 for request in self.requests[rows]):
             token = torch.where(greedy, logits.argmax(dim=-1, keepdim=True), token)
         self.ids[rows] = self.ids[rows].scatter(1, column, token)
@@ -248,6 +249,18 @@ class _Rows:
             for old, new in moves:
                 self.requests[new] = self.requests[old]
         del self.requests[live:]
+
+
+def _invert(probabilities: Tensor, uniforms: Tensor) -> Tensor:
+    """The token that each of ``uniforms [rows, 1]`` falls on, ``[rows, 1]``; never one of probability 0."""
+    cdf = torch.cumsum(probabilities, dim=-1)
+    token = torch.searchsorted(cdf, uniforms * cdf[:, -1:], right=True).clamp_(max=cdf.shape[-1] - 1)
+    impossible = probabilities.gather(1, token) == 0
+    if impossible.any():
+        # CUDA adds up in parallel and rounds each sum in its own way: some rise where nothing was added, others fall.
+        rising = cdf.masked_fill(probabilities == 0, 0.0).cummax(dim=-1).values
+        token = torch.where(impossible, torch.searchsorted(rising, uniforms * rising[:, -1:], right=True), token)
+    return token
 
 
 def cut_off(logprobs: Tensor, top_p: Tensor, min_p: Tensor) -> Tensor:
