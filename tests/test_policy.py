@@ -8,10 +8,19 @@ import shutil
 import pytest
 import torch
 from models import FAMILIES, make_model
-from transformers import AutoModelForCausalLM, AutoTokenizer, BertConfig, BertModel, GPT2Config, GPT2LMHeadModel
+from transformers import (
+    AutoModelForCausalLM,
+    AutoTokenizer,
+    BertConfig,
+    BertModel,
+    GPT2Config,
+    GPT2LMHeadModel,
+    PreTrainedModel,
+)
 
 from igrpo_lite.config import ModelOptions
 from igrpo_lite.errors import ModelError
+from igrpo_lite.policy import loading
 from igrpo_lite.policy.heads import check_split, split_heads
 from igrpo_lite.policy.loading import adapter_layers, load_policy, load_tokenizer, pick_device, pick_dtype
 from igrpo_lite.tiny import MODEL_DIR
@@ -168,3 +177,25 @@ def test_an_adapter_on_the_output_layer_is_refused(tmp_path, tied, targets):
     with pytest.raises(ModelError, match="lora_target_modules: the output layer"):
         load_policy(options, 0)
     assert adapted(load_policy(options.model_copy(update={"lora_target_modules": ["q_proj"]}), 0))
+
+
+@pytest.mark.parametrize("device", ["cpu", "cuda"])
+def test_cudnns_attention_is_off_before_a_model_reaches_a_gpu(device, monkeypatch):
+    """Loads for a GPU as far as a machine without one can: to the first tensor that goes there."""
+    monkeypatch.setattr(loading, "pick_device", lambda name: torch.device(device))
+    monkeypatch.setattr(torch.cuda, "get_device_capability", lambda device: (9, 0))
+    found = []
+
+    def to(module, place):
+        found.append((place.type, torch.backends.cuda.cudnn_sdp_enabled()))
+        raise RuntimeError("no such device")
+
+    monkeypatch.setattr(PreTrainedModel, "to", to)
+    before = torch.backends.cuda.cudnn_sdp_enabled()
+    try:
+        torch.backends.cuda.enable_cudnn_sdp(True)
+        with pytest.raises(RuntimeError, match="no such device"):
+            load_policy(ModelOptions(), 0)
+    finally:
+        torch.backends.cuda.enable_cudnn_sdp(before)
+    assert found == [(device, device == "cpu")]

@@ -68,6 +68,9 @@ def load_policy(options: ModelOptions, seed: int, adapter: Path | None = None, c
     choice = enter(options)
     device = pick_device(options.device)
     dtype = pick_dtype(options.dtype, device)
+    if device.type == "cuda":
+        # cuDNN's attention makes a plan for every new length; here lengths change with every update and sampled token.
+        torch.backends.cuda.enable_cudnn_sdp(False)
     tokenizer = load_tokenizer(options)
     config = _read_config(options)
     _refuse_unsupported(config, options.model, dtype)
