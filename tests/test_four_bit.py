@@ -200,6 +200,7 @@ def test_packed_weights_are_recognised_and_computed_in_the_type_of_this_machine(
     assert is_packed(policy.model.config)
     assert policy.model.get_base_model().dtype == torch.float32
     assert {layer.compute_dtype for layer in packed_layers(policy.model).values()} == {torch.float32}
+    assert {p.dtype for p in policy.model.parameters()} == {torch.float32, torch.uint8}
     ours, theirs = packed_layers(policy.model), packed_layers(fresh.model)
     assert ours.keys() == theirs.keys()
     for name in ours:

@@ -17,8 +17,9 @@ def loading_arguments(config: Any, wanted: bool, device: torch.device, dtype: to
     """What ``from_pretrained`` needs for 4-bit weights; empty for others.
 
     Args:
-        config: the model's, of transformers; for weights that were saved packed it is told to compute in ``dtype``.
+        config: the model's, of transformers.
         wanted: pack weights that are not.
+        dtype: what weights that are packed here compute in; :func:`compute_in` tells those that were saved packed.
 
     Raises:
         ModelError: the device has no 4-bit weights.
@@ -30,11 +31,6 @@ def loading_arguments(config: Any, wanted: bool, device: torch.device, dtype: to
         raise ModelError(f"4-bit weights work on CUDA and CPU, not on {device.type}; choose another --device")
     arguments: dict[str, Any] = {"device_map": {"": str(device)}}
     if packed:
-        # Copies were often made on a GPU with bfloat16, which older ones only emulate.
-        config.quantization_config = {
-            **config.to_dict()["quantization_config"],
-            "bnb_4bit_compute_dtype": str(dtype).removeprefix("torch."),
-        }
         return arguments
     from transformers import BitsAndBytesConfig
 
@@ -48,6 +44,19 @@ def loading_arguments(config: Any, wanted: bool, device: torch.device, dtype: to
 def is_packed(config: Any) -> bool:
     """Whether the weights that a transformers configuration belongs to are in 4 bits."""
     return getattr(config, "quantization_config", None) is not None
+
+
+def compute_in(model: Any, dtype: torch.dtype) -> None:
+    """Make packed layers compute in ``dtype`` and have the other weights in it, but for those that the architecture
+    keeps in float32. Weights that were saved packed bring the type of the GPU they were made on, often bfloat16, which
+    older ones only emulate; transformers overrides neither reliably (5.24 leaves embeddings and norms as saved)."""
+    kept = {*(model._keep_in_fp32_modules or ()), *(model._keep_in_fp32_modules_strict or ())}
+    for module in model.modules():
+        if hasattr(module, "compute_type_is_set"):
+            module.compute_dtype, module.compute_type_is_set = dtype, True
+    for name, weight in model.named_parameters():
+        if weight.is_floating_point() and not hasattr(weight, "quant_state") and kept.isdisjoint(name.split(".")):
+            weight.data = weight.data.to(dtype)
 
 
 def keep_trainable(model: nn.Module) -> None:

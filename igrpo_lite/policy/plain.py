@@ -12,7 +12,7 @@ from transformers.utils import logging as transformers_logging
 from igrpo_lite.errors import ModelError
 from igrpo_lite.policy.attention import register
 from igrpo_lite.policy.backends import Loaded, LoadRequest, model_path
-from igrpo_lite.policy.four_bit import keep_trainable, loading_arguments
+from igrpo_lite.policy.four_bit import compute_in, keep_trainable, loading_arguments
 from igrpo_lite.policy.loading import check_model, first_line, fresh_adapter, saved_adapter, without_dropout
 
 
@@ -49,8 +49,11 @@ def _load_model(request: LoadRequest) -> Any:
     except Exception as error:
         raise ModelError(f"model {options.model!r} could not be loaded: {first_line(error)}") from error
     _refuse_incomplete(report, options.model)
+    if not packing:
+        return model.to(request.device)
+    compute_in(model, request.dtype)
     keep_trainable(model)
-    return model if packing else model.to(request.device)
+    return model
 
 
 @contextmanager
