@@ -20,7 +20,7 @@ from transformers import (
     Qwen3ForCausalLM,
 )
 
-from igrpo_lite.policy.attention import GROUPED_SDPA, register
+from igrpo_lite.policy.attention import register
 
 VOCAB = 97
 _SHAPE: dict[str, Any] = {
@@ -46,13 +46,12 @@ FAMILIES = {
 }
 
 
-def make_model(family: str, scale: float = 3.0, attention: str = GROUPED_SDPA) -> PreTrainedModel:
+def make_model(family: str, scale: float = 3.0, attention: str | None = None) -> PreTrainedModel:
     """A random model whose next-token distributions are far from uniform, so that mistakes are visible. Its attention
     is the one that models are loaded with, unless another is named."""
-    register()
     torch.manual_seed(1)
     model = FAMILIES[family]().eval()
-    model.set_attn_implementation(attention)
+    model.set_attn_implementation(attention or register(model.config))
     with torch.no_grad():
         for parameter in model.parameters():
             if parameter.dim() == 2:

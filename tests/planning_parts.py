@@ -64,9 +64,8 @@ def transformers_config(alias: str, shape: Shape) -> Any:
 def meta_model(alias: str, shape: Shape, dtype: torch.dtype = torch.bfloat16) -> Any:
     """The model on the meta device, with the attention that models are loaded with."""
     with torch.device("meta"):
-        return AutoModelForCausalLM.from_config(
-            transformers_config(alias, shape), attn_implementation=register(), dtype=dtype
-        )
+        config = transformers_config(alias, shape)
+        return AutoModelForCausalLM.from_config(config, attn_implementation=register(config), dtype=dtype)
 
 
 def adapted(model: Any, targets: Sequence[str] | str = "all-linear", last: int | None = None) -> PeftModel:

@@ -6,6 +6,7 @@ import pytest
 import torch
 from models import VOCAB, make_model
 from torch import nn
+from transformers import AutoModelForCausalLM, GptOssConfig
 from transformers.integrations.sdpa_attention import sdpa_attention_forward
 
 from igrpo_lite.policy import causal_attention
@@ -45,12 +46,51 @@ def test_whole_models_agree_with_and_without_a_mask():
     mask = torch.ones(2, 7, dtype=torch.long)
     mask[1, :3] = 0
     expected = [model(input_ids=ids).logits, model(input_ids=ids, attention_mask=mask).logits]
-    model.set_attn_implementation(register())
+    model.set_attn_implementation(register(model.config))
     assert model.config._attn_implementation == GROUPED_SDPA
     torch.testing.assert_close(model(input_ids=ids).logits, expected[0], rtol=1e-4, atol=1e-4)
     torch.testing.assert_close(
         model(input_ids=ids, attention_mask=mask).logits[:, 3:], expected[1][:, 3:], rtol=1e-4, atol=1e-4
     )
+
+
+def test_capped_scores_are_those_of_plain_attention():
+    """Gemma 2's. SDPA knows no cap: transformers 5.17 left it out in silence, 5.24 refuses."""
+    model = make_model("gemma2")
+    for layer in model.model.layers:
+        layer.self_attn.attn_logit_softcapping = 0.5
+    ids = torch.randint(VOCAB, (2, 13))
+    mask = torch.ones(2, 13, dtype=torch.long)
+    mask[1, 9:] = 0
+
+    def found(**arguments):
+        logits = model(input_ids=ids, **arguments).logits[mask.bool()]
+        return logits.detach(), *torch.autograd.grad(logits.square().mean(), list(model.parameters()))
+
+    ours = found(), found(attention_mask=mask)
+    model.gradient_checkpointing_enable({"use_reentrant": False})
+    model.train()
+    again = found(attention_mask=mask)
+    model.eval()
+    model.set_attn_implementation("eager")
+    for made, expected in zip((*ours, again), (found(), *[found(attention_mask=mask)] * 2), strict=True):
+        for one, other in zip(made, expected, strict=True):
+            torch.testing.assert_close(one, other, rtol=1e-3, atol=1e-5)
+
+
+def test_scores_are_made_again_in_the_backward_pass():
+    query, key = (torch.randn(1, heads, 64, 8, requires_grad=True) for heads in (4, 2))
+    kept = []
+    with torch.autograd.graph.saved_tensors_hooks(lambda tensor: kept.append(tensor.numel()) or tensor, lambda t: t):
+        grouped_attention(Layer(2), query, key, key, None, softcap=50.0)
+    assert sum(kept) == query.numel() + 2 * key.numel()
+
+
+def test_attention_with_sinks_is_refused():
+    """What our function would leave out in silence, transformers' own check of SDPA must go on to catch."""
+    config = GptOssConfig(num_hidden_layers=1, hidden_size=32, vocab_size=VOCAB, num_local_experts=2)
+    with pytest.raises(ValueError, match="scaled_dot_product_attention"):
+        AutoModelForCausalLM.from_config(config, attn_implementation=register(config))
 
 
 @pytest.mark.parametrize("groups", [1, 2, 4])

@@ -9,8 +9,10 @@ from __future__ import annotations
 
 from typing import Any
 
+import torch
 from torch import Tensor, nn
 from torch.nn.functional import scaled_dot_product_attention
+from torch.utils.checkpoint import checkpoint
 from transformers import AttentionInterface
 from transformers.integrations.sdpa_attention import sdpa_attention_forward
 from transformers.masking_utils import AttentionMaskInterface, sdpa_mask
@@ -19,7 +21,10 @@ from igrpo_lite.policy.causal_attention import causal_attention
 from igrpo_lite.policy.tree_attention import TreePlan
 
 GROUPED_SDPA = "grouped_sdpa"
-"""Name to load a model with (``attn_implementation``), once :func:`register` has run."""
+"""Name to load a model with (``attn_implementation``), once :func:`register` has run. transformers refuses names with
+"sdpa" in them where SDPA cannot give what the architecture needs (attention sinks), which holds for ours too."""
+CAPPED = "capped"
+"""The same function's name for models that cap their scores softly (Gemma 2): SDPA cannot, ours can."""
 
 
 def grouped_attention(
@@ -31,14 +36,17 @@ def grouped_attention(
     dropout: float = 0.0,
     scaling: float | None = None,
     token_trees: TreePlan | None = None,
+    softcap: float | None = None,
     **kwargs: Any,
 ) -> tuple[Tensor, None]:
     """Attention of ``query [B, H, T, D]`` over ``key``, ``value [B, H / n, L, D]`` under ``mask [B, 1, T, L]``.
 
     Falls back to transformers' ``sdpa`` where there is no mask (its causal kernels need none:
     :mod:`igrpo_lite.policy.causal_attention`) or nothing to fold. Given packed ``token_trees``, their plan attends
-    instead and the mask is not looked at.
+    instead and the mask is not looked at. With a ``softcap`` on the scores no kernel of SDPA's does.
     """
+    if softcap is not None:
+        return _capped(query, key, value, attention_mask, softcap, scaling), None
     if token_trees is not None:
         return token_trees.attend(module, query, key, value, scaling, **kwargs), None
     if attention_mask is None:
@@ -54,8 +62,29 @@ def grouped_attention(
     return output.view(batch, heads, length, -1).transpose(1, 2).contiguous(), None
 
 
-def register() -> str:
-    """Make :data:`GROUPED_SDPA` known to transformers; returns its name."""
-    AttentionInterface.register(GROUPED_SDPA, grouped_attention)
-    AttentionMaskInterface.register(GROUPED_SDPA, sdpa_mask)
-    return GROUPED_SDPA
+def _capped(
+    query: Tensor, key: Tensor, value: Tensor, mask: Tensor | None, cap: float, scaling: float | None
+) -> Tensor:
+    """Attention with scores ``cap * tanh(score / cap)``, ``[B, T, H, D]``. They are made again in the backward pass, so
+    that no layer keeps them; without dropout, which a policy never has."""
+    length, keys = query.shape[2], key.shape[2]
+    if mask is None:
+        mask = query.new_ones(length, keys, dtype=torch.bool).tril(keys - length)
+    scale = query.shape[3] ** -0.5 if scaling is None else scaling
+
+    def attend(query: Tensor, key: Tensor, value: Tensor) -> Tensor:
+        grouped = query.unflatten(1, (key.shape[1], -1))
+        scores = cap * torch.tanh((grouped @ key[:, :, None].mT).float() * (scale / cap))
+        weights = scores.masked_fill(~mask[..., None, :, :], torch.finfo(scores.dtype).min).softmax(-1)
+        return (weights.to(value.dtype) @ value[:, :, None]).flatten(1, 2)
+
+    output: Tensor = checkpoint(attend, query, key, value, use_reentrant=False, preserve_rng_state=False)
+    return output.transpose(1, 2).contiguous()
+
+
+def register(config: Any) -> str:
+    """Make our attention known to transformers; returns the name to load a model of this configuration with."""
+    for name in (GROUPED_SDPA, CAPPED):
+        AttentionInterface.register(name, grouped_attention)
+        AttentionMaskInterface.register(name, sdpa_mask)
+    return CAPPED if getattr(config.get_text_config(), "attn_logit_softcapping", None) else GROUPED_SDPA

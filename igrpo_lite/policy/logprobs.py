@@ -5,7 +5,7 @@ Two layouts bring the tokens to the model; both give the same numbers:
 * :class:`TreeLayout`: packed token trees, each distinct node once (:mod:`igrpo_lite.policy.tree`). In stage 2 the draft
   stands in the prompt, so this is about half the tokens of separate rows.
 * :class:`RowLayout`: right-padded rows of similar length, for models whose attention cannot take a tree: sliding
-  windows, other attention functions than ours.
+  windows, capped scores, other attention functions than ours.
 """
 
 from __future__ import annotations
@@ -101,8 +101,7 @@ def best_layout(model: PreTrainedModel) -> Layout:
     kinds = set(getattr(config, "layer_types", None) or ["full_attention"])
     windows = getattr(config, "sliding_window", None) is not None and "layer_types" not in config
     ours = getattr(config, "_attn_implementation", None) == GROUPED_SDPA
-    capped = getattr(config, "attn_logit_softcapping", None) is not None  # our function knows of no cap
-    fits = kinds == {"full_attention"} and ours and not windows and not capped
+    fits = kinds == {"full_attention"} and ours and not windows
     return TreeLayout() if fits and _takes_trees(model) else RowLayout()
 
 

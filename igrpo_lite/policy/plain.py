@@ -41,7 +41,7 @@ def _load_model(request: LoadRequest) -> Any:
                 revision=options.revision,
                 config=request.config,
                 dtype=request.dtype,
-                attn_implementation=register(),
+                attn_implementation=register(request.config),
                 output_loading_info=True,
                 ignore_mismatched_sizes=True,  # so that they are in the report; see below
                 **packing,
