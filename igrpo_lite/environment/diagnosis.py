@@ -11,7 +11,7 @@ from typing import Literal
 from igrpo_lite.environment.facts import Facts, Problem, visible
 from igrpo_lite.environment.hardware import dtype_for
 from igrpo_lite.environment.known_bad import matching
-from igrpo_lite.environment.packages import OURS, Violation, repair, violations
+from igrpo_lite.environment.packages import OURS, Violation, own_ranges, repair, suiting, violations
 from igrpo_lite.environment.pins import INSTALL, missing, pins, suited
 from igrpo_lite.environment.surroundings import surroundings
 
@@ -90,11 +90,17 @@ def _state(facts: Facts, name: str) -> str:
     return facts.back_ends[name].state if name in facts.back_ends else "not installed"
 
 
+def _named(package: str, facts: Facts) -> str:
+    """For pip, with the versions that suit all that is installed here; only ours where no version does."""
+    suits = suiting(package, facts)
+    return f'"{package}{own_ranges(facts).get(package, "") if suits is None else suits}"'
+
+
 def _base(facts: Facts) -> Iterator[Problem]:
     """What training needs; silent where a known combination or a missing package says it better."""
     missing = [v for v in violations(facts) if v.asker == OURS and v.found is None]
     if missing:
-        names = " ".join(f'"{v.package}{v.wanted}"' for v in missing)
+        names = " ".join(_named(v.package, facts) for v in missing)
         do = INSTALL if "torch" in {v.package for v in missing} and suited(facts).file else f"pip install {names}"
         yield Problem("error", f"missing: {', '.join(v.package for v in missing)}", do)
     base = facts.back_ends.get(BASE)

@@ -126,12 +126,21 @@ def repair(package: str, facts: Facts) -> str:
     choice = suited(facts)
     if package in _OF_A_CUDA and choice.file and package in pins(choice.file):
         return INSTALL
-    asked = [(asker, r.specifier) for asker, r in demands(facts) if canonicalize_name(r.name) == package]
-    specifiers = _tightest(specifier for _, one in asked for specifier in one)
-    if specifiers is None:
-        wishes = "; ".join(f"{asker} asks for {_spelt(specifier)}" for asker, specifier in asked if str(specifier))
+    if (suits := suiting(package, facts)) is None:
+        asked = [(asker, specifier) for asker, specifier in _asked(package, facts) if str(specifier)]
+        wishes = "; ".join(f"{asker} asks for {_spelt(specifier)}" for asker, specifier in asked)
         return f"no version of {package} suits all: {wishes}; uninstall or change one of these"
-    return f'pip install "{package}{_spelt(specifiers)}"'
+    return f'pip install "{package}{suits}"'
+
+
+def suiting(package: str, facts: Facts) -> str | None:
+    """The versions of a package that suit all who ask for it here; None if they clash."""
+    specifiers = _tightest(specifier for _, one in _asked(package, facts) for specifier in one)
+    return None if specifiers is None else _spelt(specifiers)
+
+
+def _asked(package: str, facts: Facts) -> list[tuple[str, SpecifierSet]]:
+    return [(asker, r.specifier) for asker, r in demands(facts) if canonicalize_name(r.name) == package]
 
 
 def _tightest(specifiers: Iterable[Specifier]) -> list[Specifier] | None:
