@@ -12,6 +12,7 @@ import pytest
 import torch
 from peft import LoraConfig, get_peft_model
 from torch import Tensor, nn
+from transformers import Gemma2Config, Gemma2ForCausalLM
 
 pytest.importorskip("vllm")
 
@@ -161,6 +162,25 @@ def test_bfloat16_weights_are_shared_as_well():
     assert sampler.notes == []
     assert storage_bytes([*engine_parameters(sampler), *base]) < 1.05 * sampler._options.weight_bytes
     assert gap(sampler, long_requests()) < 0.5  # rounding noise of two implementations, on an adapter this strong
+
+
+def test_gemma_2_caps_its_scores_in_both(tmp_path):
+    """The policy as SDPA would compute it, without the cap, is another model than vLLM's."""
+    shape = {"hidden_size": 64, "num_hidden_layers": 2, "num_attention_heads": 4, "num_key_value_heads": 2}
+    shape |= {"head_dim": 32, "intermediate_size": 96, "vocab_size": 575, "max_position_embeddings": 1024}
+    shape |= {"sliding_window": 256, "query_pre_attn_scalar": 4, "eos_token_id": 2, "pad_token_id": 0}
+    config = Gemma2Config(**shape, attn_logit_softcapping=1.0)
+    folder = model_folder(tmp_path, "narrow heads")
+    torch.manual_seed(1)
+    made = Gemma2ForCausalLM(config)
+    for parameter in made.parameters():
+        parameter.data.mul_(3.0 if parameter.dim() == 2 else 1.0)
+    made.save_pretrained(folder)
+    sampler = make_sampler(model=str(folder))
+    assert gap(sampler, long_requests()) < TOLERANCE
+    for layer in sampler.policy.model.get_base_model().model.layers:
+        layer.self_attn.attn_logit_softcapping = 1e6
+    assert gap(sampler, long_requests()) > 0.1
 
 
 def test_one_copy_of_a_24m_model_in_training(tmp_path):
