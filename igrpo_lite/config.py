@@ -21,7 +21,6 @@ LEARNING_STAGES: dict[str, tuple[Stage, ...]] = {
 """The stages whose tokens learn, by algorithm."""
 
 Fraction = Annotated[float, Field(ge=0.0, le=1.0)]
-Decay = Annotated[float, Field(ge=0.0, lt=1.0)]
 
 
 class Section(BaseModel):
@@ -203,7 +202,6 @@ class RewardOptions(Section):
         True,
         description="Ask math-verify, in worker processes, about answers that the exact comparison cannot judge.",
     )
-    math_verify_timeout: PositiveFloat = Field(5.0, description="Seconds that may take for one answer.")
     overlong_buffer: PositiveInt | None = Field(
         None,
         description="`soft_overlong`: tokens before `max_completion_length` over which the reward falls from 0 to -1; "
@@ -317,11 +315,7 @@ class UpdateOptions(Section):
     lr_scheduler_type: Literal["cosine_with_min_lr", "constant", "linear"] = Field(
         "cosine_with_min_lr", description="Course of the learning rate after the warm-up."
     )
-    min_lr_rate: Fraction = Field(0.1, description="Lowest learning rate of the cosine, as a share of the peak.")
     warmup_ratio: Fraction = Field(0.1, description="Share of the steps in which the learning rate rises from 0.")
-    weight_decay: Annotated[float, Field(ge=0.0)] = Field(0.0, description="AdamW weight decay.")
-    adam_beta1: Decay = Field(0.9, description="AdamW beta 1.")
-    adam_beta2: Decay = Field(0.99, description="AdamW beta 2.")
     max_grad_norm: PositiveFloat = Field(0.2, description="Gradients are clipped to this norm.")
     update_tokens: PositiveInt = Field(
         16384, description="Tokens through the model at once in the update: the memory dial."
@@ -343,8 +337,7 @@ class RunOptions(Section):
     max_minutes: PositiveFloat | None = Field(
         None, description="Stop cleanly after this time; the same command goes on."
     )
-    save_steps: PositiveInt = Field(20, description="Steps between checkpoints.")
-    save_minutes: PositiveFloat = Field(10.0, description="Minutes after which a checkpoint is due anyhow.")
+    save_steps: PositiveInt = Field(20, description="Steps between checkpoints; every 10 minutes there is one anyhow.")
     save_total_limit: PositiveInt = Field(2, description="Checkpoints kept.")
     eval_steps: PositiveInt = Field(50, description="Steps between held-out evaluations.")
     patience_dead: Annotated[int, Field(ge=0)] = Field(
@@ -356,7 +349,6 @@ class RunOptions(Section):
     progress: Literal["auto", "live", "plain", "off"] = Field(
         "auto", description="Screen: live in a terminal, plain lines elsewhere and in notebooks."
     )
-    sample_steps: PositiveInt = Field(20, description="Steps between samples shown on the screen.")
 
 
 class RunConfig(RunOptions, UpdateOptions, RewardOptions, RolloutOptions, PromptOptions, DataOptions, ModelOptions):

@@ -15,7 +15,6 @@ MODEL_DEFAULTS: dict[str, dict[str, Any]] = {
         "eval_steps": 20,
         "eval_size": 400,
         "save_steps": 20,
-        "sample_steps": 20,
     },
 }
 """Defaults that suit one model better than the general ones; whatever the user sets wins."""

@@ -8,22 +8,32 @@ from typing import Any
 from igrpo_lite.config import RunConfig
 
 RETIRED: dict[str, Any] = {
+    "adam_beta1": 0.9,
+    "adam_beta2": 0.99,
     "draft_answer": "shown",
     "draft_fallback": "none",
     "draft_tie_break": "first",
     "joint_groups": "own",
+    "math_verify_timeout": 5.0,
+    "min_lr_rate": 0.1,
     "min_p": 0.0,
     "num_refinements": None,
     "plain_refinements": 0.0,
+    "sample_steps": 20,
+    "save_minutes": 10.0,
     "sgrpo_cap": "in_order",
     "sgrpo_norm": "selected",
     "stage2_baseline": "mean",
     "top_p": 1.0,
     "tspmo_baseline": "visits",
     "tspmo_weight": "unique",
+    "weight_decay": 0.0,
 }
 """The value of each that is what still happens; ``num_refinements`` is what ``num_drafts`` leaves of
 ``num_generations``."""
+
+RESUMABLE = frozenset({"sample_steps", "save_minutes", "math_verify_timeout"})
+"""Retired settings that changed no result, so a run folder is continued whatever they were."""
 
 RETIRED_VALUES = {"draft_selection": ("worst", "worst_formatted", "mixed")}
 """Values that a setting no longer takes."""
@@ -41,6 +51,11 @@ def retired_findings(given: Mapping[str, Any], config: RunConfig) -> list[str]:
     kept = RETIRED | {"num_refinements": config.n_refinements}
     same = {name: (None, "none", kept[name], str(kept[name])) for name in kept}
     return [gone(name) for name, value in given.items() if name in RETIRED and value not in same[name]]
+
+
+def resumed(settings: Mapping[str, Any]) -> dict[str, Any]:
+    """The settings of an old run that is continued."""
+    return {name: value for name, value in settings.items() if name not in RESUMABLE}
 
 
 def without_retired(settings: Mapping[str, Any]) -> dict[str, Any]:

@@ -89,7 +89,7 @@ def test_paper_recipe_holds_the_papers_numbers() -> None:
     assert (config.num_drafts, config.n_refinements, config.temperature) == (4, 4, 0.7)
     assert (config.max_prompt_length, config.max_completion_length) == (1024, 4096)
     assert (config.reward_weights, config.beta) == ([1.0, 1.0], 0.0)
-    assert (config.lr_scheduler_type, config.min_lr_rate, config.warmup_ratio) == ("cosine_with_min_lr", 0.1, 0.1)
+    assert (config.lr_scheduler_type, config.warmup_ratio) == ("cosine_with_min_lr", 0.1)
 
 
 def test_ls_lists_every_recipe(capsys: pytest.CaptureFixture[str]) -> None:

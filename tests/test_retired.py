@@ -61,8 +61,10 @@ def old_run(first_step, tmp_path: Path, **settings) -> Path:
     return run
 
 
-def test_a_run_with_the_values_that_are_left_goes_on(first_step, tmp_path):
-    run = old_run(first_step, tmp_path)
+@pytest.mark.parametrize("settings", [{}, {"save_minutes": 3.0, "sample_steps": 1, "math_verify_timeout": 1.0}])
+def test_a_run_with_the_values_that_are_left_goes_on(settings, first_step, tmp_path):
+    """So does one with others of what changed no result."""
+    run = old_run(first_step, tmp_path, **settings)
     assert train(resolve(RUN | {"output_dir": str(run), "save_steps": 1}))["steps"] == 2
     whole = tmp_path / "whole"
     train(resolve(RUN | {"output_dir": str(whole), "save_steps": 1}))

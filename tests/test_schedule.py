@@ -49,7 +49,7 @@ def test_data_no_larger_than_a_batch_leaves_no_others():
 
 
 def test_cosine_with_warmup_and_floor():
-    options = UpdateOptions(learning_rate=1.0, warmup_ratio=0.1, min_lr_rate=0.1)
+    options = UpdateOptions(learning_rate=1.0, warmup_ratio=0.1)
     rates = [learning_rate(step, 100, options) for step in range(100)]
     assert rates[:10] == pytest.approx([0.1 * (i + 1) for i in range(10)])
     assert max(rates) == pytest.approx(1.0)

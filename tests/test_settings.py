@@ -46,7 +46,7 @@ def test_all_findings_come_at_once_and_in_words() -> None:
         ({"revision": 7}, "text (or none), not 7; write it in quotes"),
         ({"report_to": "wandb,foo"}, "each one of wandb, tensorboard, trackio"),
         ({"reward_funcs": ""}, "at least one item"),
-        ({"adam_beta2": 1.0}, "below 1"),
+        ({"warmup_ratio": 1.5}, "from 0 to 1"),
         ({"num_drafts": 2.5}, "a whole number of at least 1 (or none)"),
         ({"model": {"name": "x"}}, "must be text"),
     ],

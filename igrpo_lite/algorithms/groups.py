@@ -30,6 +30,10 @@ class Place:
     slot: int
     single: bool
 
+    @property
+    def key(self) -> tuple[int, int]:
+        return self.step, self.slot
+
     def seed(self, seed: int, *path: object) -> int:
         """The seed of a request or a choice here, in a run with ``seed``."""
         return request_seed(seed, self.step, self.slot, self.problem.id, *path)

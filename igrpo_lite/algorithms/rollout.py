@@ -108,7 +108,7 @@ class RolloutCollector:
         """
         run, ahead = self.driver.run, self.config.schedule == "ahead"
         mine, later = self._places(problems, step, first_slot), self._places(upcoming if ahead else (), step + 1)
-        new = [p for p in mine if (p.step, p.slot) not in self._drafted]
+        new = [p for p in mine if p.key not in self._drafted]
         refined = sum(not p.single for p in mine)
         self._done, self._total = 0, sum(map(self._n_drafts, new + later)) + refined * self.config.n_refinements
         if ahead:  # the first step has no drafts yet, nor have problems put in by dynamic sampling
@@ -121,7 +121,8 @@ class RolloutCollector:
     # The algorithm, for one problem.
 
     def _rollout(self, p: Place) -> Plan[Rollout]:
-        drafts = self._drafted.pop((p.step, p.slot), None) or (yield from self._stage1(p, joins=not p.single))
+        """Stage 1, then stage 2. Where the drafts learn too, T-SPMO's replays of them run beside stage 2."""
+        drafts = self._drafted.pop(p.key, None) or (yield from self._stage1(p, joins=not p.single))
         if p.single:
             return Rollout(drafts, replays=(yield from self._replays(p, drafts)))
         (choice, refinements, more), replays = yield All([self._stage2(p, drafts), self._replays(p, drafts)])
@@ -168,7 +169,7 @@ class RolloutCollector:
             self.on_progress(self._done, self._total)
 
     def _keep(self, places: Sequence[Place], drafts: Sequence[Group]) -> None:
-        self._drafted |= {(p.step, p.slot): group for p, group in zip(places, drafts, strict=True)}
+        self._drafted |= {p.key: group for p, group in zip(places, drafts, strict=True)}
 
     def drafted(self) -> list[dict[str, Any]]:
         """The drafts that ``ahead`` has sampled for the next step, as JSON types, in problem order."""

@@ -30,7 +30,6 @@ _OTHERS = (
     "kv_cache_gib",
     "share_weights",
     "math_verify",
-    "math_verify_timeout",
     "seed",
     "progress",
 )

@@ -18,7 +18,7 @@ from igrpo_lite.settings import preflight
 
 _OTHERS = (
     *("temperature", "max_completion_length", "max_num_seqs", "sampler", "kv_cache_gib", "share_weights"),
-    *("math_verify", "math_verify_timeout", "seed", "progress"),
+    *("math_verify", "seed", "progress"),
 )
 
 

@@ -95,7 +95,7 @@ def compare(
             problems, sampler, prompts, limit, checker, sampling, lambda done, total: on_progress(name, done, total)
         )
 
-    with AnswerChecker(config.math_verify, config.math_verify_timeout) as checker:
+    with AnswerChecker(config.math_verify) as checker:
         try:
             adapted = measured("with adapter") if adapter is not None else None
             plain = None

@@ -90,7 +90,7 @@ class Scorer:
             if spec == "judge" or spec not in BUILTIN
         }
         self.asks_policy = asks_policy(config)
-        self.checker = AnswerChecker(config.math_verify, config.math_verify_timeout)
+        self.checker = AnswerChecker(config.math_verify)
         self._worker = Worker()
         self._judge = Judge(config)
         self._metrics: dict[str, list[float]] = {}

@@ -24,6 +24,9 @@ from igrpo_lite.training.run_folder import Records, RunFolder
 from igrpo_lite.training.state import Progress
 from igrpo_lite.training.update import MAX_OVERFLOWS, PolicyUpdate, UpdateStats
 
+SAMPLE_STEPS = 20
+"""Steps between samples shown on the screen."""
+
 
 class StepMeter:
     """What one step takes.
@@ -153,7 +156,7 @@ class Journal:
         return "before" if step == 0 else "after" if step >= self.config.max_steps else "during"
 
     def _show_samples(self, step: int, rollouts: Sequence[Rollout]) -> None:
-        if step % self.config.sample_steps == 0 or step == 1:
+        if step % SAMPLE_STEPS == 0 or step == 1:
             good, bad = shown_samples(rollouts)
             self.screen.sample(good, bad)
 

@@ -27,6 +27,9 @@ from igrpo_lite.training.state import Progress, Stop
 from igrpo_lite.training.update import PolicyUpdate
 from igrpo_lite.types import Problem
 
+SAVE_SECONDS = 600.0
+"""After which a checkpoint is due, whatever ``save_steps`` says."""
+
 
 class Trainer:
     """Runs the steps of one run in its folder, from wherever its last checkpoint is."""
@@ -227,7 +230,7 @@ class Trainer:
         step = self.progress.step
         if step == self._saved_step:
             return False
-        late = time.monotonic() - self._saved > 60 * self.config.save_minutes
+        late = time.monotonic() - self._saved > SAVE_SECONDS
         return step % self.config.save_steps == 0 or late or stop is not None or step >= self.config.max_steps
 
     def _heartbeat(self, done: int, total: int) -> None:

@@ -23,6 +23,7 @@ from filelock import FileLock, Timeout
 from igrpo_lite.config import RunConfig
 from igrpo_lite.errors import ConfigError, RunFolderError
 from igrpo_lite.problems.sources import short_name
+from igrpo_lite.retired import resumed
 from igrpo_lite.settings import RESUMABLE, differences, dump, load_file, resolve
 
 
@@ -118,7 +119,7 @@ class RunFolder:
         if not self.has_work():
             return
         try:
-            made_with = resolve(load_file(self.path / "config.yaml"))
+            made_with = resolve(resumed(load_file(self.path / "config.yaml")))
         except ConfigError as error:
             raise RunFolderError(
                 f"{self.path}/config.yaml, which says how the run was made, cannot be used: {error.problems[0]}; "

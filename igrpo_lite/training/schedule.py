@@ -11,6 +11,9 @@ import numpy as np
 from igrpo_lite.config import UpdateOptions
 from igrpo_lite.sampling.base import request_seed
 
+MIN_RATE = 0.1
+"""Lowest learning rate of the cosine, as a share of the peak."""
+
 
 def batch_indices(num_problems: int, batch_size: int, step: int, seed: int) -> list[int]:
     """Problem indices of one step (0-based): consecutive places of an endless sequence of shuffled epochs."""
@@ -43,7 +46,7 @@ def learning_rate(step: int, max_steps: int, options: UpdateOptions) -> float:
     if options.lr_scheduler_type == "linear":
         return options.learning_rate * (1.0 - progress)
     cosine = 0.5 * (1.0 + math.cos(math.pi * progress))
-    return options.learning_rate * (options.min_lr_rate + (1.0 - options.min_lr_rate) * cosine)
+    return options.learning_rate * (MIN_RATE + (1.0 - MIN_RATE) * cosine)
 
 
 @lru_cache(maxsize=2)

@@ -20,6 +20,7 @@ from igrpo_lite.policy.loading import Policy, recompute_activations
 from igrpo_lite.policy.logprobs import TokenLogprobs, best_layout, chosen_logprobs
 from igrpo_lite.policy.relief import is_out_of_memory, make_room
 
+ADAM_BETAS = (0.9, 0.99)
 _FIRST_SCALE = 2.0**12
 MAX_OVERFLOWS = 5
 """Steps in a row that float16 may lose to overflow before the run stops."""
@@ -109,8 +110,8 @@ class PolicyUpdate:
         self.optimizer = torch.optim.AdamW(
             self.parameters,
             lr=config.learning_rate,
-            betas=(config.adam_beta1, config.adam_beta2),
-            weight_decay=config.weight_decay,
+            betas=ADAM_BETAS,
+            weight_decay=0.0,
         )
         self.update_tokens = config.update_tokens
         self.checkpointing = config.gradient_checkpointing
