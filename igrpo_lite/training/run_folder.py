@@ -23,7 +23,7 @@ from filelock import FileLock, Timeout
 from igrpo_lite.config import RunConfig
 from igrpo_lite.errors import ConfigError, RunFolderError
 from igrpo_lite.problems.sources import short_name
-from igrpo_lite.retired import resumed
+from igrpo_lite.retired import RETIRED, resumed
 from igrpo_lite.settings import RESUMABLE, differences, dump, load_file, resolve
 
 
@@ -121,9 +121,11 @@ class RunFolder:
         try:
             made_with = resolve(resumed(load_file(self.path / "config.yaml")))
         except ConfigError as error:
+            problem = error.problems[0]
+            restore = ", and" if problem.partition(":")[0] in RETIRED else "; restore it, or"
             raise RunFolderError(
-                f"{self.path}/config.yaml, which says how the run was made, cannot be used: {error.problems[0]}; "
-                "restore it, or start over with --fresh (the old run is kept beside it)"
+                f"{self.path}/config.yaml, which says how the run was made, cannot be used: {problem}{restore} start "
+                "over with --fresh (the old run is kept beside it, to evaluate and export)"
             ) from error
         changed = {k: v for k, v in differences(made_with, self.config).items() if k not in RESUMABLE}
         if changed:
