@@ -19,8 +19,8 @@ import psutil
 import pytest
 from doctor_parts import install
 
+from igrpo_lite.doctor.backends import judged, started, torch_of
 from igrpo_lite.environment import hardware
-from igrpo_lite.environment.backends import judged, started, torch_of
 from igrpo_lite.environment.host import host_kinds, read_disk, read_memory, read_variables
 from igrpo_lite.environment.packages import read_packages
 
@@ -86,7 +86,7 @@ def test_help_and_mistakes_load_nothing_heavy() -> None:
         "from igrpo_lite.cli import main\n"
         "with contextlib.redirect_stdout(io.StringIO()), contextlib.redirect_stderr(io.StringIO()):\n"
         "    codes = main(['doctor', '--help']), main(['doctor', '--need', 'everything'])\n"
-        "import igrpo_lite.environment.collect, igrpo_lite.environment.diagnosis\n"
+        "import igrpo_lite.doctor.collect, igrpo_lite.environment.diagnosis\n"
         "print(codes, sorted({'torch', 'transformers', 'numpy', 'huggingface_hub'} & set(sys.modules)))\n"
     )
     done = subprocess.run([sys.executable, "-c", script], cwd=ROOT, capture_output=True, text=True, check=True)

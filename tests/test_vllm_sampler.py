@@ -33,7 +33,7 @@ from igrpo_lite.sampling import vllm_engine
 from igrpo_lite.sampling.base import Request
 from igrpo_lite.sampling.replica import Replica
 from igrpo_lite.sampling.transformers import TransformersSampler, cut_off
-from igrpo_lite.sampling.vllm import VllmSampler, make_vllm_sampler
+from igrpo_lite.sampling.vllm import VllmSampler, _CtrlCLater, make_vllm_sampler
 from igrpo_lite.sampling.vllm_engine import (
     EngineOptions,
     check_version,
@@ -41,7 +41,6 @@ from igrpo_lite.sampling.vllm_engine import (
     kv_cache_bytes,
     lora_rank,
 )
-from igrpo_lite.sampling.vllm_run import _CtrlCLater
 from igrpo_lite.training.interrupt import Interrupt
 from igrpo_lite.types import Completion, Prompt
 

@@ -36,7 +36,7 @@ def doctor(
     """Check versions, GPU, memory, disks, hub and back ends (each is tried in a process of its own), and print what
     stands in the way with the commands that repair it. Exit code 0: training works; 3: it does not, or something does
     not that --need asks for or that is installed for the GPU."""
-    from igrpo_lite.environment.collect import collect
+    from igrpo_lite.doctor.collect import collect
     from igrpo_lite.environment.diagnosis import choices, exit_code, problems
 
     if sys.stderr.isatty():

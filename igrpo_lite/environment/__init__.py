@@ -1,4 +1,4 @@
-"""What this machine and this Python environment can do, and what stands in the way: ``igrpo-lite doctor``.
+"""What this machine and this Python environment can do, and what stands in the way.
 
-Facts are collected once (:mod:`collect`), everything that is concluded from them is a pure function of them.
+Facts are collected once (:mod:`igrpo_lite.doctor`), everything that is concluded from them is a pure function of them.
 """

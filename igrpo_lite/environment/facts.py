@@ -114,7 +114,7 @@ class Facts:
         kinds: of ``wsl``, ``colab``, ``kaggle`` and ``container``, those that this is.
         packages: version by canonical distribution name.
         requires: what distributions say that they need (``Requires-Dist``), by their canonical name.
-        back_ends: by the names of :data:`igrpo_lite.environment.backends.BACK_ENDS`.
+        back_ends: by the names of :data:`igrpo_lite.doctor.backends.BACK_ENDS`.
         variables: environment variables that change what happens, without secrets.
         shm_bytes: free shared memory, where there is such a thing.
     """

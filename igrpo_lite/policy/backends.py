@@ -11,7 +11,6 @@ import json
 import sys
 from collections.abc import Mapping
 from dataclasses import dataclass
-from importlib import import_module
 from importlib.util import find_spec
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal, Protocol
@@ -79,8 +78,13 @@ class Choice:
     why: str = ""
 
     def backend(self) -> Backend:
-        module = "plain" if self.name == "transformers" else "unsloth"
-        return import_module(f"igrpo_lite.policy.{module}").backend
+        if self.name == "unsloth":
+            from igrpo_lite.policy import unsloth
+
+            return unsloth.backend
+        from igrpo_lite.policy import plain
+
+        return plain.backend
 
 
 _entered: Name | None = None

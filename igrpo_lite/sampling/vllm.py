@@ -2,10 +2,13 @@
 
 from __future__ import annotations
 
+import signal
+import threading
 from collections.abc import Iterator, Sequence
 from contextlib import AbstractContextManager, contextmanager, nullcontext
 from pathlib import Path
 from tempfile import TemporaryDirectory
+from types import FrameType
 from typing import Any
 
 import torch
@@ -18,7 +21,7 @@ from igrpo_lite.policy.relief import forget
 from igrpo_lite.prompts import PromptBuilder
 from igrpo_lite.sampling import vllm_internals
 from igrpo_lite.sampling.base import OnFinished, Poll, Request
-from igrpo_lite.sampling.vllm_engine import Engine, EngineOptions, first_line, start
+from igrpo_lite.sampling.vllm_engine import Engine, EngineOptions, first_line, preserved_rng, start
 from igrpo_lite.sampling.vllm_policy import (
     AdapterLayer,
     adapter_disabled,
@@ -27,10 +30,10 @@ from igrpo_lite.sampling.vllm_policy import (
     set_aside,
     write_adapter,
 )
-from igrpo_lite.sampling.vllm_run import Run, check_temperature
 from igrpo_lite.types import Completion, Prompt
 
 _ADAPTER_ID = 1
+_TEMPERATURES = 0.01, 2.0  # vLLM raises lower ones to the first, and 0.31 refuses higher ones than the second
 
 
 class VllmSampler:
@@ -107,7 +110,7 @@ class VllmSampler:
             SamplerError: a request that does not fit, or an engine that died.
         """
         with self._exclusively():
-            call = Run(self, on_finished)
+            call = _Run(self, on_finished)
             try:
                 return call.drain(requests, poll)
             finally:
@@ -124,7 +127,7 @@ class VllmSampler:
             rows: prompt ids and completion ids, together at most ``max_model_len``.
         """
         with self._exclusively():
-            call = Run(self, None)
+            call = _Run(self, None)
             try:
                 return call.score(rows)
             finally:
@@ -324,9 +327,9 @@ def make_vllm_sampler(policy: Policy, prompts: PromptBuilder, config: RunConfig,
     Raises:
         SamplerError: as :class:`VllmSampler`; or a temperature that vLLM does not sample at.
     """
-    check_temperature(config.temperature, "--temperature ")
+    _check_temperature(config.temperature, "--temperature ")
     if config.draft_temperature is not None:
-        check_temperature(config.draft_temperature, "--draft-temperature ")
+        _check_temperature(config.draft_temperature, "--draft-temperature ")
     return VllmSampler(
         policy,
         prompts,
@@ -336,3 +339,192 @@ def make_vllm_sampler(policy: Policy, prompts: PromptBuilder, config: RunConfig,
         kv_cache_bytes=None if config.kv_cache_gib is None else int(config.kv_cache_gib * 2**30),
         share_base=config.share_weights,
     )
+
+
+def _check_temperature(temperature: float, setting: str = "") -> None:
+    """Raise :class:`SamplerError` for a temperature that vLLM does not sample at; ``setting`` is where it is from."""
+    lowest, highest = _TEMPERATURES
+    if temperature and not lowest <= temperature <= highest:
+        raise SamplerError(
+            f"vLLM samples at temperatures from {lowest} to {highest} or at 0, not at {setting}{temperature}; change "
+            "it, or use the transformers sampler"
+        )
+
+
+class _Run:
+    """One call of :meth:`VllmSampler.run`: the requests that the engine works on."""
+
+    def __init__(self, sampler: VllmSampler, on_finished: OnFinished | None) -> None:
+        from vllm import SamplingParams
+        from vllm.sampling_params import RequestOutputKind
+
+        self.sampler = sampler
+        self.engine = sampler.engine.llm.llm_engine
+        self.on_finished = on_finished
+        self.live: dict[str, Any] = {}
+        self.params: Any = SamplingParams
+        self.final_only = RequestOutputKind.FINAL_ONLY
+        self.steps_left = 1000
+
+    def drain(self, requests: Sequence[Request], poll: Poll | None) -> list[Completion]:
+        completions: dict[int, Completion] = {}
+        for place, request in enumerate(requests):
+            self.submit(request, place)
+        while True:
+            if poll is not None:
+                for request in poll(not self.live):
+                    self.submit(request)
+            if not self.live:
+                break
+            for output in self.step():
+                request, place = self.live.pop(output.request_id)
+                completion = self.completion(request, output)
+                if place is not None:
+                    completions[place] = completion
+                if self.on_finished is not None:
+                    for follow_up in self.on_finished(request, completion):
+                        self.submit(follow_up)
+        return [completions[place] for place in range(len(requests))]
+
+    def submit(self, request: Request, place: int | None = None) -> None:
+        self.check(request)
+        try:
+            params = self.params(
+                temperature=request.temperature,
+                top_p=request.top_p,
+                top_k=0,
+                min_p=request.min_p,
+                seed=request.seed,
+                max_tokens=request.max_tokens,
+                # Ours and no others: vLLM would add those of the generation config.
+                ignore_eos=True,
+                stop_token_ids=self.sampler.stop_ids,
+                logprobs=0,
+                detokenize=False,
+                output_kind=self.final_only,
+            )
+        except Exception as error:  # VLLMValidationError, which is not a ValueError
+            raise SamplerError(f"vLLM refused a request: {first_line(error)}") from error
+        self.add(request.prompt.ids, params, (request, place))
+        self.steps_left += len(request.prompt.ids) + request.max_tokens
+
+    def check(self, request: Request) -> None:
+        length = len(request.prompt.ids)
+        if not length or length + request.max_tokens > self.sampler.max_model_len:
+            raise SamplerError(
+                f"a prompt of {length} tokens and up to {request.max_tokens} more do not fit into the vLLM engine, "
+                f"which was started for {self.sampler.max_model_len} together"
+            )
+        _check_temperature(request.temperature)
+
+    def add(self, ids: Sequence[int], params: Any, mine: Any) -> None:
+        sampler = self.sampler
+        if max(ids) >= sampler.vocabulary:  # would kill the engine
+            raise SamplerError(f"token id {max(ids)} of a prompt is outside the model's vocabulary")
+        sampler.requests_made += 1
+        name = str(sampler.requests_made)
+        self.live[name] = mine
+        try:
+            with _CtrlCLater():
+                self.engine.add_request(
+                    request_id=name,
+                    prompt={"prompt_token_ids": list(ids), "cache_salt": str(sampler.version)},
+                    params=params,
+                    lora_request=sampler.lora_request if sampler.adapted else None,
+                )
+        except Exception as error:
+            del self.live[name]
+            raise SamplerError(f"vLLM refused a request: {first_line(error)}") from error
+
+    def step(self) -> list[Any]:
+        """One engine step; the requests that it finished."""
+        sampler = self.sampler
+        if not self.steps_left:
+            sampler.died = RuntimeError(f"it makes no progress on {len(self.live)} requests")
+            raise SamplerError(f"the vLLM engine hangs: {sampler.died}")
+        self.steps_left -= 1
+        with _CtrlCLater():
+            try:
+                with preserved_rng(sampler.policy.device):
+                    outputs = self.engine.step()
+            except BaseException as error:
+                sampler.died = error
+                if not isinstance(error, Exception):
+                    raise
+                raise SamplerError(
+                    f"the vLLM engine died while {len(self.live)} requests were decoding: {first_line(error)}"
+                ) from error
+        sampler.decode_steps += 1
+        return [output for output in outputs if output.finished]
+
+    def completion(self, request: Request, output: Any) -> Completion:
+        sampler, result = self.sampler, output.outputs[0]
+        if result.finish_reason not in ("stop", "length"):
+            raise SamplerError(f"vLLM gave up a request (finish reason {result.finish_reason!r})")
+        ids = tuple(result.token_ids)
+        cached = output.num_cached_tokens or 0
+        sampler.sampled_tokens += len(ids)
+        sampler.cached_tokens += cached
+        sampler.prefill_tokens += len(request.prompt.ids) - cached
+        logprobs = tuple(place[token].logprob for token, place in zip(ids, result.logprobs, strict=True))
+        text = sampler.tokenizer.decode(list(ids), skip_special_tokens=True)
+        return Completion(ids, text, logprobs, "stop" if ids[-1] in sampler.stop_ids else "length")
+
+    def score(self, rows: Sequence[tuple[Sequence[int], Sequence[int]]]) -> list[tuple[float, ...]]:
+        params = self.params(
+            temperature=0.0, max_tokens=1, prompt_logprobs=0, detokenize=False, output_kind=self.final_only
+        )
+        for place, (prompt, completion) in enumerate(rows):
+            ids = (*prompt, *completion)
+            self.add(ids, params, (place, len(prompt), ids))
+            self.steps_left += len(ids)
+        scores: list[tuple[float, ...]] = [()] * len(rows)
+        while self.live:
+            for output in self.step():
+                place, start, ids = self.live.pop(output.request_id)
+                found = output.prompt_logprobs
+                scores[place] = tuple(found[at][ids[at]].logprob for at in range(start, len(ids)))
+        return scores
+
+    def abort(self) -> None:
+        """Take what is unfinished out of the engine; where that fails, the next call says so."""
+        sampler = self.sampler
+        if self.live and sampler.died is None:
+            try:
+                self.engine.abort_request(list(self.live))
+                if self.engine.has_unfinished_requests():
+                    sampler.died = RuntimeError("its requests could not be aborted")
+            except Exception as error:
+                sampler.died = error
+        self.live.clear()
+        self.engine = None  # an error's traceback may keep this call, but not the engine's memory
+
+
+class _CtrlCLater:
+    """Holds a first Ctrl-C back until the engine is between two steps; a second one takes effect at once."""
+
+    def __enter__(self) -> None:
+        self.handler: Any = None
+        self.held = 0
+        if threading.current_thread() is threading.main_thread():
+            handler = signal.getsignal(signal.SIGINT)
+            if callable(handler):
+                self.handler = handler
+                signal.signal(signal.SIGINT, self.press)
+
+    def press(self, number: int, frame: FrameType | None) -> None:
+        self.held += 1
+        if self.held > 1:
+            self.deliver(number, frame)
+
+    def deliver(self, number: int, frame: FrameType | None) -> None:
+        """Every press to the handler, which may count them."""
+        while self.held:
+            self.held -= 1
+            self.handler(number, frame)
+
+    def __exit__(self, kind: type[BaseException] | None, *_: object) -> None:
+        if self.handler is not None:
+            signal.signal(signal.SIGINT, self.handler)
+            if kind is None:
+                self.deliver(signal.SIGINT, None)

@@ -7,7 +7,7 @@ import platform
 from pathlib import Path
 from time import monotonic
 
-from igrpo_lite.environment.backends import judged, started, torch_of
+from igrpo_lite.doctor.backends import judged, started, torch_of
 from igrpo_lite.environment.facts import Facts
 from igrpo_lite.environment.hardware import ask_driver
 from igrpo_lite.environment.host import host_kinds, read_disk, read_memory, read_shm, read_variables

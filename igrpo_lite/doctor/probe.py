@@ -1,4 +1,4 @@
-"""Run in a process of its own by :mod:`igrpo_lite.environment.backends`: try one back end and report in JSON lines."""
+"""Run in a process of its own by :mod:`igrpo_lite.doctor.backends`: try one back end and report in JSON lines."""
 
 from __future__ import annotations
 
@@ -21,10 +21,12 @@ def try_transformers() -> None:
     """What training needs at least: the bundled model with an adapter, and one step of it."""
     import torch
 
-    report(torch=_torch(torch))
-    # By name, because these rooms lie above this one; here they are what is tested, in a process of their own.
-    config = import_module("igrpo_lite.config").RunConfig()
-    policy = import_module("igrpo_lite.policy.loading").load_policy(config, 0)
+    report(torch=_torch(torch))  # before what may break on it
+
+    from igrpo_lite.config import RunConfig
+    from igrpo_lite.policy.loading import load_policy
+
+    policy = load_policy(RunConfig.model_validate({}), 0)
     policy.model(torch.tensor([[1, 2]], device=policy.device)).logits.sum().backward()
 
 
@@ -42,8 +44,9 @@ def try_vllm() -> None:
     """vLLM as our sampler loads it, with its own checks of version and device."""
     import torch
 
-    device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
-    import_module("igrpo_lite.sampling.vllm_engine").load_vllm(device)
+    from igrpo_lite.sampling.vllm_engine import load_vllm
+
+    load_vllm(torch.device("cuda" if torch.cuda.is_available() else "cpu"))
 
 
 def try_unsloth() -> None:

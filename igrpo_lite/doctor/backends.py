@@ -16,8 +16,8 @@ from tempfile import TemporaryDirectory
 from time import monotonic
 from typing import Any
 
+from igrpo_lite.doctor.probe import MARK
 from igrpo_lite.environment.facts import BackEnd, Gpu, Torch
-from igrpo_lite.environment.probe import MARK
 
 BACK_ENDS = {
     "transformers-16bit": "torch",
@@ -27,7 +27,7 @@ BACK_ENDS = {
 }
 """The back ends, and the module that each stands or falls with. Without the first nothing works."""
 
-_TRIAL = "igrpo_lite.environment.probe"
+_TRIAL = "igrpo_lite.doctor.probe"
 
 
 @dataclass(slots=True)
