@@ -1,31 +1,66 @@
-"""One torch thread everywhere: with contended cores more threads are many times slower, and results could differ."""
+"""One torch thread everywhere: with contended cores more threads are many times slower, and results could differ.
+
+Nothing here imports torch, which many tests do without.
+"""
 
 from __future__ import annotations
 
 import os
+import signal
+import socket
+import sys
 import textwrap
 from collections.abc import Callable, Iterator
 from pathlib import Path
+from types import FrameType
 from typing import Any
 
+os.environ.setdefault("OMP_NUM_THREADS", "1")
 os.environ.setdefault("HF_HUB_OFFLINE", "1")
 os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
 
 import pytest
-import torch
-from bad_parts import SMALL
 from reward_parts import Make
 
 from igrpo_lite.cli import main
 from igrpo_lite.config import RunConfig
 from igrpo_lite.rewards.scorer import Scorer
 
-torch.set_num_threads(1)
+SIGNALS, SIGNALLED = socket.socketpair()
+"""The numbers of signals that some Python handler took: to read, and to write."""
+SIGNALS.setblocking(False)
+SIGNALLED.setblocking(False)
+
+
+def pytest_configure() -> None:
+    signal.signal(signal.SIGTERM, _end)
+
+
+def _end(number: int, frame: FrameType | None) -> None:
+    pytest.exit("SIGTERM", returncode=128 + number)
+
+
+@pytest.hookimpl(wrapper=True)
+def pytest_runtest_protocol() -> Iterator[None]:
+    """A run in a test takes SIGTERM for its own, saves and returns: pytest ends after that test."""
+    signal.set_wakeup_fd(SIGNALLED.fileno())  # anew for each test: asyncio takes it away
+    result = yield
+    try:
+        numbers = SIGNALS.recv(4096)
+    except BlockingIOError:
+        numbers = b""
+    if signal.SIGTERM in numbers:
+        _end(signal.SIGTERM, None)
+    return result
 
 
 @pytest.fixture(autouse=True)
 def _seeded() -> None:
-    torch.manual_seed(0)
+    if "torch" in sys.modules:
+        import torch
+
+        torch.set_num_threads(1)
+        torch.manual_seed(0)
 
 
 @pytest.fixture
@@ -33,6 +68,8 @@ def say(
     tmp_path: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
 ) -> Callable[..., tuple[int, list[str], str]]:
     """Types ``igrpo-lite train`` with small settings in an empty folder: exit code, lines of stderr, stdout."""
+    from bad_parts import SMALL
+
     monkeypatch.chdir(tmp_path)
 
     def typed(**settings: Any) -> tuple[int, list[str], str]:
