@@ -5,19 +5,26 @@ PINS := -c constraints.txt
 # One thread and no network: tests give the same numbers everywhere.
 TEST_ENV := OMP_NUM_THREADS=1 HF_HUB_OFFLINE=1 TOKENIZERS_PARALLELISM=false
 
+# The core, in about a minute of one core; of these files the tests that are not marked as slow.
+QUICK := advantages architecture conftest drafts objectives plans problems_mixture prompts \
+	rewards_answers rewards_builtin rollout schedule schedules selection settings tree tspmo update
+
 # Without Unsloth and vLLM, which do not take these versions; what newer libraries could change.
 LATEST := .venv-latest
 LATEST_TESTS := $(patsubst %,tests/test_%*.py,attention backends chunked_head docs doctor export fingerprint four_bit \
 	generate logprobs parity planning_activations planning_models policy precision problems prompts pruning relief \
 	sampler settings tiny tree trl update verify)
 
-.PHONY: train test test-latest lint docs wheel clean
+.PHONY: train test quick test-latest lint docs wheel clean
 
 train: $(VENV)/.installed ## set up and run the main job on the bundled tiny model
 	$(BIN)/igrpo-lite train $(ARGS)
 
 test: lint ## set up and pass all tests
 	$(TEST_ENV) $(BIN)/python -m pytest
+
+quick: $(VENV)/.installed-test ## pass the tests of the core
+	$(TEST_ENV) $(BIN)/python -m pytest -m 'not slow' $(QUICK:%=tests/test_%.py) tests/test_run.py::test_a_longer_run_goes_on_from_a_finished_one
 
 test-latest: $(LATEST)/.installed ## set up and pass the tests with newer libraries (constraints-latest.txt)
 	$(TEST_ENV) $(LATEST)/bin/python -m pytest $(LATEST_TESTS)

@@ -372,12 +372,12 @@ def test_written_numbers_are_read_exactly(top: int, bottom: int) -> None:
      "9,", "1,111", "1 ", "1 111 ", "1:0", "1-", "½", "\\(1", "$1 ",
      "1/", "1.", "-", "\\frac{", "\\frac{1}{", "^{", "\\text{", "\\,", " ", "$"],
 )  # fmt: skip
-def test_a_megabyte_takes_linear_time(piece: str) -> None:
-    bulk = piece * (1_000_000 // len(piece))
+def test_long_texts_take_linear_time(piece: str) -> None:
+    bulk = piece * (200_000 // len(piece))
     for text in (bulk, f"\\boxed{{{bulk}}}", f"<answer>{bulk}</answer>", f"#### 1{bulk}"):
         began = time.perf_counter()
         verdict(text, "5", False)
-        assert time.perf_counter() - began < 5.0  # a quadratic search would take hours
+        assert time.perf_counter() - began < 5.0  # a quadratic search would take minutes
 
 
 @pytest.mark.parametrize(

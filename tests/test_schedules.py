@@ -233,6 +233,7 @@ def sampled(monkeypatch):
     return seen, after
 
 
+@pytest.mark.slow
 def test_refinements_of_ahead_are_on_policy_and_drafts_one_update_old(sampled, tmp_path):
     seen, policies = sampled
     settings = {"max_steps": 4, "temperature": 1.5, "warmup_ratio": 0.0, "parity_steps": 3}
@@ -278,6 +279,7 @@ def whole(tmp_path_factory):
     return folder
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("variant", VARIANTS)
 def test_stopped_after_every_step_ahead_is_bit_equal(variant, tmp_path):
     settings = AHEAD | VARIANTS[variant]
@@ -298,6 +300,7 @@ def test_stopped_after_every_step_ahead_is_bit_equal(variant, tmp_path):
     assert (len(samples) > 3 * settings["max_steps"]) is (variant == "dynamic")
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("at", [2, 4])
 def test_broken_off_in_mid_step_ahead_is_bit_equal(at, whole, tmp_path, monkeypatch):
     """As if killed during an update: it goes on with the drafts of the last checkpoint, two steps or one before."""
@@ -337,6 +340,7 @@ def endless(parts, slots=128):
     return TransformersSampler(Replica(parts.policy.model), parts.prompts.tokenizer, (), slots)
 
 
+@pytest.mark.slow
 def test_at_equal_lengths_two_stages_ahead_cost_as_many_steps_as_one(parts):
     settings = {"max_completion_length": 16}
     problems = batches(parts, 4)
@@ -365,6 +369,7 @@ class Uneven(TransformersSampler):
         return super().run([drawn(request) for request in requests], followed, poll)
 
 
+@pytest.mark.slow
 def test_overlap_saves_steps_where_lengths_differ(parts):
     steps = {}
     for schedule in SCHEDULES:

@@ -138,6 +138,7 @@ def test_pruned_and_packed_equals_everything_run(parts, collect, algorithm, sett
     assert_same(found, by_hand(config, parts.policy, sequences))
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("quantile", [0.2, 1.0])
 @pytest.mark.parametrize("beta", [0.0, 0.05])
 def test_entropy_takes_the_tokens_of_trls_rule(parts, collect, quantile, beta):
@@ -166,6 +167,7 @@ def test_entropy_takes_the_tokens_of_trls_rule(parts, collect, quantile, beta):
     assert_same(found, by_hand(config, parts.policy, chosen))
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("settings", [{}, {"loss_type": "gspo"}, {"loss_type": "cispo"}, SGRPO, {"tokens": "t-spmo"}])
 def test_the_second_pass_compares_with_the_policy_that_sampled(parts, collect, settings):
     """After a large first step ratios leave the clip range; the gradient there is that of the clipped objective."""
@@ -197,6 +199,7 @@ def test_the_second_pass_compares_with_the_policy_that_sampled(parts, collect, s
     assert 0.005 < stats.clip_ratio < 0.5
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("algorithm", ALGORITHMS)
 @pytest.mark.parametrize("tokens", TOKENS)
 def test_every_method_updates_the_adapter(parts, collect, algorithm, tokens):
@@ -217,6 +220,7 @@ def test_every_method_updates_the_adapter(parts, collect, algorithm, tokens):
     assert stats.kl > 0.0
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("algorithm", ["igrpo", "igrpo-joint"])
 @pytest.mark.parametrize("tokens", ["all", "s-grpo", "entropy"])
 def test_every_loss_goes_with_two_stages(parts, collect, algorithm, tokens):
@@ -228,6 +232,7 @@ def test_every_loss_goes_with_two_stages(parts, collect, algorithm, tokens):
     assert len(norms) >= 3  # at ratio 1 grpo and gspo, and bnpo, dapo and cispo, agree
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(
     "settings",
     [
@@ -326,6 +331,7 @@ def test_a_gradient_that_is_not_finite_leaves_the_policy_clean(parts, collect):
     assert not update.optimizer.state
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("tokens", TOKENS)
 def test_truncated_completions_can_be_left_out(parts, collect, tokens):
     """Every second one is said to be cut: it does not learn, but counts among the sequences of the mean."""
