@@ -41,6 +41,8 @@ def _train(config: RunConfig, folder: RunFolder, screen: Screen) -> dict[str, An
     config = card.config
     for note in card.notes:
         screen.message(note)
+    if card.plan is not None and card.plan.setup.vllm:
+        screen.message("vLLM compiles for the GPU as it starts: a minute or more")
     parts = prepare(config)
     parts.notes = [note for note in parts.notes if note != str(trouble)]
     trackers = Trackers(
