@@ -111,7 +111,7 @@ class Models:
         checkpointing: bool = False,
     ) -> None:
         self.shape, self.device, self.dtype, self.checkpointing = shape, device, dtype, checkpointing
-        base = self._base(register())
+        base = self._base(register(shape.config()))
         adapter = _adapter(base, lora_layers)
         torch.manual_seed(1)
         model = get_peft_model(base, adapter)
