@@ -36,6 +36,7 @@ lint: $(VENV)/.installed-test
 
 docs: $(VENV)/.installed ## rewrite from the code: settings, command line, tables, and the plans in recipes
 	$(BIN)/python -m igrpo_lite.cli.docs docs
+	$(BIN)/python tools/card_recipes.py docs
 
 wheel: $(VENV)/.installed
 	$(BIN)/python -m pip wheel --no-deps --wheel-dir dist .

@@ -286,7 +286,7 @@ def test_the_share_holds_what_a_plan_counts_for_vllm(monkeypatch):
     request = replace(request_for(kv_cache_gib=0.25, load_in_4bit=True), config=qwen2)
     model = find_model("qwen2-1.5b")
     assert replace(shape_of(qwen2.to_dict()), context=model.shape.context) == model.shape
-    made = plan(request.options, model, find_gpu("rtx 3060"), unsloth=True, given_back=True)
+    made = plan(request.options, model, find_gpu("rtx 3060"), unsloth=True, releases_kv=True)
     parts = next(phase.parts for phase in made.phases if phase.name == "rollout")
     others = sum(parts[name] for name in ("graphs", "working memory", "vLLM's LoRA"))
     assert 1.2 * GIB < others <= beside(request) < 1.5 * others

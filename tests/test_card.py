@@ -58,13 +58,13 @@ def test_the_plan_is_of_what_is_installed(monkeypatch):
 @pytest.mark.parametrize(
     ("installed", "given"), [("0.30.2", False), ("0.31.0", True), ("0.33.0+cu129", True), ("x", False)]
 )
-def test_keys_and_values_are_given_back_by_the_vllm_that_can(installed, given, monkeypatch):
+def test_the_kv_cache_is_released_by_the_vllm_that_can(installed, given, monkeypatch):
     monkeypatch.setattr(card_module, "version", lambda name: installed)
-    assert card_module.gives_back(unsloth=False) == given
+    assert card_module.releases_kv_cache(unsloth=False) == given
     monkeypatch.setenv("UNSLOTH_VLLM_STANDBY", "0")
-    assert not card_module.gives_back(unsloth=True)
+    assert not card_module.releases_kv_cache(unsloth=True)
     monkeypatch.setenv("UNSLOTH_VLLM_STANDBY", "1")
-    assert card_module.gives_back(unsloth=True)
+    assert card_module.releases_kv_cache(unsloth=True)
 
 
 @pytest.mark.parametrize("device", ["auto", "cuda:0"])

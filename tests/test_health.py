@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import math
 import random
+import re
 from collections.abc import Iterable
 from itertools import pairwise
 from typing import Any
@@ -304,33 +305,25 @@ def noise(step: int) -> float:
     return random.Random(f"memory {step}").uniform(-40, 40)
 
 
-def test_memory_that_leaks_is_told_with_what_is_left(monkeypatch: pytest.MonkeyPatch) -> None:
-    class Machine:
-        total = 8192 * 2**20
-
-    monkeypatch.setattr(psutil, "virtual_memory", Machine)
-    found = using(800 + 6 * step + noise(step) for step in range(1, 121))
+def test_memory_that_grows_is_reported() -> None:
+    found = using(800 + 6 * step + noise(step) for step in range(1, 301))
     assert codes(found) == ["memory:rss"]
     step, finding = found[0]
-    assert 70 <= step <= 90, "30 steps of warm-up, then at least 40, and a growth of a quarter"
+    assert 195 <= step <= 240, "1,000 MiB at 6 MiB a step, after 30 steps of warm-up"
     assert finding.level == "warning"
     assert "--rebuild-steps" in finding.text
-    slope = float(finding.text.split(" MiB a step")[0].rpartition(" ")[2])
-    assert slope == pytest.approx(6, rel=0.2)
-    left = int(finding.text.partition("about ")[2].partition(" steps")[0].replace(",", ""))
-    assert left == pytest.approx((8192 - 800 - 6 * step) / 6, rel=0.2)
+    first, last = (float(text.replace(",", "")) for text in re.findall(r"([\d,]+) MiB", finding.text))
+    assert last - first >= 1000
     assert {later - sooner for (sooner, _), (later, _) in pairwise(found)} == {SILENT_STEPS}
-    plain = using((800 + 6 * step for step in range(1, 121)), sampler="transformers")
+    plain = using((800 + 6 * step for step in range(1, 301)), sampler="transformers")
     assert "--rebuild-steps" not in plain[0][1].text
-    device = using((800 + 6 * step for step in range(1, 121)), kind="device")
-    assert codes(device) == ["memory:device"]
-    assert "it is full" not in device[0][1].text
+    assert codes(using((800 + 6 * step for step in range(1, 301)), kind="device")) == ["memory:device"]
 
 
 def test_a_slow_leak_is_found_in_a_long_run() -> None:
     found = using(4000 + step + 3 * noise(step) for step in range(1, 2500))
     assert codes(found) == ["memory:rss"]
-    assert 900 < found[0][0] < 1500, "a quarter of 4,000 MiB at 1 MiB a step, less what a noisy start hides"
+    assert 1900 < found[0][0] < 2200, "half of 4,000 MiB at 1 MiB a step"
 
 
 @pytest.mark.parametrize(
@@ -352,16 +345,17 @@ def test_memory_that_does_not_leak_is_left_alone(used: list[float]) -> None:
 
 
 def test_a_new_process_or_engine_starts_the_watch_anew() -> None:
-    """Each time it falls back before it has grown by a quarter; afterwards a leak is found as fast as before."""
-    saw = [4000.0 + 10 * (step % 90) if step % 90 else 2000.0 for step in range(400)]
+    """Each time it falls back before it has grown enough; afterwards a leak is found as fast as before."""
+    saw = [2000.0 + 20 * (step % 90) for step in range(400)]
     assert using(saw) == []
-    steep = [800.0 + 6 * step for step in range(1, 61)] + [800.0 + 6 * step for step in range(1, 101)]
-    assert 60 + 69 < using(steep)[0][0] < 60 + 80
+    steep = [800.0 + 6 * step for step in range(1, 101)] + [800.0 + 6 * step for step in range(1, 301)]
+    alone = using(steep[100:])[0][0]
+    assert using(steep)[0][0] == 100 + alone
 
 
 @pytest.mark.parametrize("resumed_at", [1, 35, 75, 180, 400])
 def test_the_watch_goes_on_where_it_was(resumed_at: int) -> None:
-    stream = [healthy(step, memory={"rss": 3000 + 2 * step + noise(step)}) for step in range(1, 600)]
+    stream = [healthy(step, memory={"rss": 3000 + 4 * step + noise(step)}) for step in range(1, 600)]
     straight, first, second = (Health(config()) for _ in range(3))
     expected = run(straight, stream)
     found = run(first, stream[:resumed_at])
@@ -371,9 +365,8 @@ def test_the_watch_goes_on_where_it_was(resumed_at: int) -> None:
     assert found + run(second, stream[resumed_at:]) == expected
     assert second.state() == straight.state()
     assert codes(expected) == ["memory:rss"]
-    assert len(json.dumps(straight.state()["memory"])) < 5000
-    before_memory = {key: value for key, value in state.items() if key != "memory"}
-    Health(config()).load_state(before_memory)  # a checkpoint of an earlier version
+    earlier = state | {"memory": {"rss": {"seen": 3, "last": 900.0, "stride": 1, "points": []}}}
+    Health(config()).load_state(earlier)  # a checkpoint of an earlier version
 
 
 def faulty(step: int) -> Metrics:

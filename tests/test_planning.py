@@ -80,10 +80,10 @@ def test_parts_add_up_and_phases_differ():
     load, rollout, update = made.phases
     lora = made.setup.adapter.parameters
     assert [phase.parts["LoRA, AdamW"] for phase in made.phases] == [4 * lora, 12 * lora, 16 * lora]
-    assert load.parts["keys and values"] == rollout.parts["keys and values"]
-    assert "keys and values" not in update.parts  # given back
-    kept = plan(made.setup.config, made.model, made.setup.gpu, four_bit=True, given_back=False).phases[2]
-    assert kept.parts["keys and values"] > 0
+    assert load.parts["KV cache"] == rollout.parts["KV cache"]
+    assert "KV cache" not in update.parts  # released
+    kept = plan(made.setup.config, made.model, made.setup.gpu, four_bit=True, releases_kv=False).phases[2]
+    assert kept.parts["KV cache"] > 0
 
 
 @pytest.mark.parametrize("settings", [{"share_weights": False}, {"sampler": "transformers"}])
@@ -226,6 +226,7 @@ def test_times_against_recorded_runs(name):
         "prompts_per_step": 1,
         "num_generations": completions,
         "max_completion_length": limit,
+        "max_prompt_length": 600,
         "lora_r": rank,
         "backend": "unsloth",
         "gradient_checkpointing": True,
@@ -233,33 +234,22 @@ def test_times_against_recorded_runs(name):
     }
     made = plan(
         resolve(values),
-        Model("", name, shape, ""),
+        Model("", name, shape),
         find_gpu(gpu),
         four_bit=four_bit,
         completion=mean,
-        prompt=150,
     )
     assert made.time is not None
     assert 1 / 2.5 < made.time.step / seconds < 2.5
 
 
-def test_hours_and_steps_for_them():
+def test_hours():
     made = planned("qwen2-1.5b", "4090", gradient_checkpointing=True, max_steps=120, eval_steps=50)
     assert made.time is not None
     assert made.time.total == pytest.approx(120 * made.time.step + 4 * made.time.evaluation)
-    steps = made.time.affordable(60)
-    assert (steps + 1) * made.time.step > 3600 - made.time.evaluation * (1 + (steps + 1) / 50) > 0
-    assert steps * made.time.step < 3600
     slower = planned("qwen2-1.5b", "3060", gradient_checkpointing=True, max_steps=120)
     assert slower.time is not None
     assert slower.time.step > made.time.step
-
-
-def test_one_wave_takes_less_time_than_two():
-    one, two = (planned("qwen2-1.5b", "4090", schedule=schedule).time for schedule in ("ahead", "barrier"))
-    assert one is not None
-    assert two is not None
-    assert one.rollout < two.rollout
 
 
 def run(*words: str, **environment: str) -> subprocess.CompletedProcess[str]:
@@ -282,12 +272,12 @@ def test_verbs_import_nothing_heavy():
 
 
 def test_plan_prints_what_was_chosen_and_exits_by_the_verdict(capsys):
-    assert main(["plan", "--model", "qwen3-4b", "--gpu", "t4", "--price", "0.5", "--max-minutes", "180"]) == 0
+    assert main(["plan", "--model", "qwen3-4b", "--gpu", "t4"]) == 0
     text = capsys.readouterr().out
     assert "chosen: --load-in-4bit --" in text
     assert "fits: " in text
-    assert " $" in text
-    assert "in 180 minutes: about" in text
+    assert "s a step (rollout " in text
+    assert "half or twice as long" in text
     assert main(["plan", "--model", "qwen3-8b", "--gpu", "3070", "--json"]) == 3
     found = json.loads(capsys.readouterr().out)
     assert found["verdict"] == "no"
@@ -314,7 +304,7 @@ def test_plan_takes_a_recipe_and_keeps_what_it_says(capsys):
 
 
 def test_plan_knows_the_policy_as_its_own_judge(capsys, tmp_path):
-    """By flags and by a recipe: its room, which other rewards do not take, and what the time is without."""
+    """By flags and by a recipe: its room, which other rewards do not take, and what the time leaves out."""
     recipe = tmp_path / "recipe.yaml"
     recipe.write_text("reward_funcs: [accuracy, judge]\njudge_by: policy\njudge_max_tokens: 3000\n")
     words = ["plan", "--model", "qwen2.5-1.5b", "--gpu", "t4", "--max-num-seqs", "32", "--json"]
@@ -325,12 +315,12 @@ def test_plan_knows_the_policy_as_its_own_judge(capsys, tmp_path):
         main([*words, *more])
         found.append(json.loads(capsys.readouterr().out))
     flags, file, asked, own = found
-    room = [plan["phases"]["rollout"]["keys and values"] for plan in found]
+    room = [plan["phases"]["rollout"]["KV cache"] for plan in found]
     assert room[0] == room[1] > 1.5 * room[2]
     assert room[2] == room[3]
     assert flags["notes"] == file["notes"]
-    assert sum("a grade of up to 3000 tokens" in note for note in flags["notes"]) == 1
-    assert not any("grade" in note for note in asked["notes"] + own["notes"])
+    assert sum("of up to 3000 tokens each" in note for note in flags["notes"]) == 1
+    assert not any("grades" in note for note in asked["notes"] + own["notes"])
 
 
 @pytest.mark.skipif(os.name == "nt", reason="the driver's tool is stood in for by a shell script")

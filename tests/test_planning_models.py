@@ -150,7 +150,7 @@ def test_names():
     assert find_model("phi4-mini").targets == ("qkv_proj", "o_proj", "gate_up_proj", "down_proj")
     names = [name.lower() for model in MODELS for name in model.ids]
     assert len(set(names)) == len(names)
-    assert all(model.source.startswith("https://") and model.template for model in MODELS)
+    assert all(model.family for model in MODELS)
 
 
 @pytest.mark.parametrize(

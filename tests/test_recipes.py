@@ -4,18 +4,21 @@ from __future__ import annotations
 
 import importlib.util
 import re
+import sys
 from pathlib import Path
 
 import pytest
 
 from igrpo_lite.cli import main, recipes
-from igrpo_lite.cli.card_recipes import card_recipes, comment, with_comment
+from igrpo_lite.cli.docs import filled
 from igrpo_lite.errors import ConfigError
 from igrpo_lite.planning.gpus import GIB
 from igrpo_lite.planning.models import find_model
 from igrpo_lite.settings import load_file, preflight, resolve
 
 ROOT = Path(__file__).resolve().parents[1]
+sys.path.append(str(ROOT / "tools"))
+from card_recipes import TITLE, card_recipes, comment, table, with_comment  # noqa: E402
 
 
 @pytest.mark.parametrize("name", recipes.names())
@@ -58,10 +61,16 @@ def test_a_recipe_for_a_gpu_says_what_plan_says_now(recipe, capsys: pytest.Captu
     assert phases
     assert re.search(rf"^total +{' +'.join(map(re.escape, phases.groups()))}$", printed, re.MULTILINE)
     assert f"{recipe.gpu.memory_gib:.2f} GiB ({recipe.plan().share:.0%})" in printed
-    assert re.search(r"\d+ steps: [\d.]+ h", printed)[0] in text  # type: ignore[index]
+    (hours,) = re.findall(r"([\d.]+ h) for", printed)
+    assert f"steps: about {hours}" in text
     for chosen in re.findall(r"^#   the run chooses (.*)$", text, re.MULTILINE):
         assert f"chosen: {chosen}\n" in printed
     assert max(phase.total for phase in recipe.plan().phases) < recipe.gpu.memory_gib * GIB
+
+
+def test_the_table_of_recipes_is_current() -> None:
+    page = (ROOT / "docs" / "recipes.md").read_text(encoding="utf-8")
+    assert page == filled(page, TITLE, table())
 
 
 def test_there_is_a_recipe_for_every_kind_of_card() -> None:
@@ -73,8 +82,8 @@ def test_there_is_a_recipe_for_every_kind_of_card() -> None:
 def test_an_outdated_comment_is_replaced_and_nothing_else(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     recipe = next(recipe for recipe in CARDS if recipe.name == "qwen2-1.5b/s-grpo_t4")
     text = recipes.find(recipe.name).read_text(encoding="utf-8")
-    monkeypatch.setattr("igrpo_lite.cli.card_recipes.path_of", lambda name: tmp_path / "it.yaml")
-    for old in (text.replace("#   a step", "#   a leap"), text.replace(comment(recipe) + "\n", "")):
+    monkeypatch.setattr("card_recipes.path_of", lambda name: tmp_path / "it.yaml")
+    for old in (text.replace("steps: about", "leaps: about"), text.replace(comment(recipe) + "\n", "")):
         assert old != text
         (tmp_path / "it.yaml").write_text(old, encoding="utf-8")
         assert with_comment(recipe) == text

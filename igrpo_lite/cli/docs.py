@@ -1,6 +1,6 @@
 """Writes from the code what would drift else: ``python -m igrpo_lite.cli.docs docs`` (``make docs``).
 
-These are docs/config.md and docs/cli.md, tables within other pages, and what the planner says in recipes for one GPU.
+These are docs/config.md and docs/cli.md, and tables within other pages.
 """
 
 from __future__ import annotations
@@ -15,8 +15,6 @@ from typing import Any
 from rich.console import Console
 
 from igrpo_lite.cli.app import build
-from igrpo_lite.cli.card_recipes import card_recipes, table, with_comment
-from igrpo_lite.cli.recipes import path_of
 from igrpo_lite.config import SECTIONS, Section
 from igrpo_lite.defaults import MODEL_DEFAULTS
 from igrpo_lite.environment import pins
@@ -44,7 +42,6 @@ VERBS = (
 )
 
 TABLES: dict[str, tuple[str, Callable[[], list[str]]]] = {
-    "recipes.md": ("recipes for one GPU", table),
     "install.md": ("sets of versions", pins.table),
 }
 """Pages with a table of ours in them: what its comments call it, and its lines."""
@@ -86,25 +83,27 @@ def cli_page() -> str:
     return "\n".join(lines) + "\n"
 
 
+def filled(text: str, title: str, lines: list[str]) -> str:
+    """A page's text with the table called ``title`` made anew."""
+    begin, end = f"<!-- {title}: written by `make docs` -->", "<!-- end -->"
+    new = "\n".join([begin, *lines, end])
+    made, count = re.subn(f"{re.escape(begin)}.*?{re.escape(end)}", lambda _: new, text, flags=re.DOTALL)
+    if count != 1:
+        raise ValueError(f"the page must have one place for its table, between {begin} and {end}")
+    return made
+
+
 def filled_page(folder: Path, page: str) -> str:
     """A page as it stands, with its table made anew."""
     title, lines = TABLES[page]
-    text = (folder / page).read_text(encoding="utf-8")
-    begin, end = f"<!-- {title}: written by `make docs` -->", "<!-- end -->"
-    new = "\n".join([begin, *lines(), end])
-    filled, count = re.subn(f"{re.escape(begin)}.*?{re.escape(end)}", lambda _: new, text, flags=re.DOTALL)
-    if count != 1:
-        raise ValueError(f"{folder / page} must have one place for its table, between {begin} and {end}")
-    return filled
+    return filled((folder / page).read_text(encoding="utf-8"), title, lines())
 
 
 def write(folder: Path) -> None:
-    """Write the pages, their tables, and the plans in the recipes of this checkout."""
+    """Write the pages and their tables."""
     folder.mkdir(parents=True, exist_ok=True)
     (folder / "config.md").write_text(config_page(), encoding="utf-8")
     (folder / "cli.md").write_text(cli_page(), encoding="utf-8")
-    for recipe in card_recipes():
-        path_of(recipe.name).write_text(with_comment(recipe), encoding="utf-8")
     for page in TABLES:
         (folder / page).write_text(filled_page(folder, page), encoding="utf-8")
 

@@ -50,6 +50,4 @@ def _all(model: Model) -> dict[str, Any]:
         "tie_word_embeddings": shape.tied,
         "context": shape.context,
         "lora_target_modules": list(model.targets),
-        "template": model.template,
-        "source": model.source,
     }

@@ -1,4 +1,4 @@
-"""``igrpo-lite plan``: whether a run fits a GPU, and how long it takes, before anything is loaded."""
+"""``igrpo-lite plan``: whether a run fits a GPU, and about how long it takes, before anything is loaded."""
 
 from __future__ import annotations
 
@@ -20,7 +20,6 @@ from igrpo_lite.planning.memory import PARTS
 from igrpo_lite.planning.models import Model, find_model
 from igrpo_lite.planning.plan import Change, Plan, changes, plan, prefers_four_bit
 from igrpo_lite.planning.suggest import suggest
-from igrpo_lite.planning.time import BASIS
 from igrpo_lite.planning.work import longest
 from igrpo_lite.settings import load_file
 from igrpo_lite.tiny import MODEL_DIR
@@ -28,13 +27,10 @@ from igrpo_lite.tiny import MODEL_DIR
 DOES_NOT_FIT = 3
 
 _GPU = Parameter(help="Name from igrpo-lite gpus; unset: the GPU of this machine.", group=COMMAND)
-_POSITIVE = Number(gt=0)
-_PRICE = Parameter(help="Dollars an hour.", group=COMMAND, validator=_POSITIVE)
 _COMPLETION = Parameter(
-    help="Mean tokens of a completion; unset: half of what is allowed.", group=COMMAND, validator=_POSITIVE
-)
-_PROMPT = Parameter(
-    help="Mean tokens of a question's prompt; unset: a quarter of what is allowed.", group=COMMAND, validator=_POSITIVE
+    help="Mean tokens of a completion, for the time; unset: half of what is allowed.",
+    group=COMMAND,
+    validator=Number(gt=0),
 )
 
 
@@ -47,22 +43,20 @@ def plan_run(
     *,
     gpu: Annotated[str | None, _GPU] = None,
     config: Recipe = None,
-    price: Annotated[float | None, _PRICE] = None,
     mean_completion: Annotated[int | None, _COMPLETION] = None,
-    mean_prompt: Annotated[int | None, _PROMPT] = None,
     json: Json = False,
     **settings: Any,
 ) -> int:
-    """Say what a run takes on a GPU, by arithmetic alone: memory in each phase, the time, and the change that helps
-    most if it does not fit. It takes the flags of train; settings of memory that neither a flag nor the recipe names
-    are chosen so that the run fits. Exit code 3: it does not."""
-    made, chosen = settled(gpu, config, settings, mean_completion, mean_prompt)
+    """Say what a run takes on a GPU, by arithmetic alone: memory in each phase, about how long, and what helps if it
+    does not fit. It takes the flags of train; settings of memory that neither a flag nor the recipe names are chosen
+    so that the run fits. Exit code 3: it does not."""
+    made, chosen = settled(gpu, config, settings, mean_completion)
     better = changes(made) if made.verdict != "fits" else []
     if json:
         found = made.to_json() | {"chosen": chosen, "changes": [_change(change) for change in better]}
         print(json_module.dumps(found, indent=2))
     else:
-        print("\n".join([*_lines(made, chosen, better), *_times(made, price)]))
+        print("\n".join([*_lines(made, chosen, better), *_times(made)]))
     return DOES_NOT_FIT if made.verdict == "no" else 0
 
 
@@ -71,7 +65,6 @@ def settled(
     config: str | None,
     settings: Mapping[str, Any],
     mean_completion: int | None = None,
-    mean_prompt: int | None = None,
 ) -> tuple[Plan, dict[str, Any]]:
     """The plan of a recipe and flags on a GPU, with the settings of memory that were left open and had to be chosen."""
     resolved = checked(config, {**settings, **UNTRAINED, **_judged(config, settings)}, files=False)
@@ -83,13 +76,13 @@ def settled(
     if "load_in_4bit" not in named and not model.packed and prefers_four_bit(model, card):
         chosen["load_in_4bit"] = True
         resolved = resolved.model_copy(update=chosen)
-    chosen |= suggest(resolved, model, card, keep=named, completion=mean_completion, prompt=mean_prompt)
-    made = plan(resolved.model_copy(update=chosen), model, card, completion=mean_completion, prompt=mean_prompt)
+    chosen |= suggest(resolved, model, card, keep=named, completion=mean_completion)
+    made = plan(resolved.model_copy(update=chosen), model, card, completion=mean_completion)
     return made, chosen
 
 
 def _judged(config: str | None, settings: Mapping[str, Any]) -> dict[str, Any]:
-    """The policy as its own judge needs room; of rewards nothing else matters to a plan."""
+    """The policy as its own judge needs memory; of rewards nothing else matters to a plan."""
     asked, _ = examined(config, settings)
     return {"reward_funcs": ["judge"]} if longest(asked).replies else {}
 
@@ -153,7 +146,7 @@ def _lines(made: Plan, chosen: Mapping[str, Any], better: list[Change]) -> Itera
         yield "what would help, and the fullest phase then:"
         width = max(len(change.flags) for change in better)
         for change in better:
-            yield f"  {change.flags:{width}}  {change.peak / GIB:6.2f} GiB  {change.verdict:5}  {change.price}"
+            yield f"  {change.flags:{width}}  {change.peak / GIB:6.2f} GiB  {change.verdict}"
     for note in made.notes:
         yield f"note: {note}"
 
@@ -167,23 +160,17 @@ def _work(config: RunConfig) -> str:
     )
 
 
-def _times(made: Plan, price: float | None) -> Iterator[str]:
-    time, config = made.time, made.setup.config
+def _times(made: Plan) -> Iterator[str]:
+    time = made.time
     if time is None:
-        yield f"no time: the speed of {made.setup.gpu.name} is not known here"
+        yield f"no time: the speed of {made.setup.gpu.name} is not known"
         return
     yield ""
     yield (
-        f"a step {time.step:.0f} s (rollout {time.rollout:.0f}, update {time.update:.0f}), an evaluation "
-        f"{time.evaluation:.0f} s, {time.tokens / time.step:.0f} tokens/s"
+        f"about {time.step:.0f} s a step (rollout {time.rollout:.0f}, update {time.update:.0f}), {time.total / 3600:.1f} "
+        f"h for {time.steps} steps, with completions of {time.completion} tokens on average"
     )
-    hours = time.total / 3600
-    cost = "" if price is None else f", {hours * price:.2f} $"
-    yield f"{time.steps} steps: {hours:.1f} h{cost}"
-    if config.max_minutes is not None:
-        yield f"in {config.max_minutes:g} minutes: about {time.affordable(config.max_minutes)} steps"
-    lengths = time.lengths
-    yield f"for completions of {lengths.completion} and prompts of {lengths.prompt} tokens on average; {BASIS}"
+    yield "a rough estimate from the GPU's nominal speed: a run may take half or twice as long"
 
 
 def flags(settings: Mapping[str, Any]) -> str:
@@ -197,9 +184,4 @@ def _flag(name: str, value: Any) -> str:
 
 
 def _change(change: Change) -> dict[str, Any]:
-    return {
-        "flags": change.flags,
-        "price": change.price,
-        "peak_gib": round(change.peak / GIB, 3),
-        "verdict": change.verdict,
-    }
+    return {"flags": change.flags, "peak_gib": round(change.peak / GIB, 3), "verdict": change.verdict}

@@ -36,7 +36,7 @@ class Gpu:
     capability: tuple[int, int]
     bandwidth: float | None
     tflops: float | None
-    source: str
+    source: str = ""
     note: str = ""
 
     @property
@@ -60,146 +60,30 @@ class Gpu:
         )
 
 
+# name, aliases, GiB, capability, GB/s, TFLOPS, source, note
 GPUS: tuple[Gpu, ...] = (
-    Gpu(
-        "T4",
-        ("t4",),
-        14.741,
-        (7, 5),
-        320,
-        65,
-        "https://sysrqmts.com/gpus/compare/nvidia-a100-sxm4-40-gb-vs-nvidia-tesla-t4",
-        "Colab and Kaggle; no bfloat16, so float16; of Kaggle's two, one is used",
-    ),
-    Gpu(
-        "P100",
-        ("p100",),
-        15.895,
-        (6, 0),
-        732,
-        18.7,
-        "https://github.com/Kaggle/kaggle-cli/issues/1151",
-        "Kaggle; too old",
-    ),
-    Gpu("L4", ("l4",), 22.161, (8, 9), 300, 121, "lightning-fabric 2.6.6, _CUDA_FLOPS", "Colab Pro"),
-    Gpu(
-        "RTX 3060 12GB",
-        ("3060", "rtx3060"),
-        11.75,
-        (8, 6),
-        360,
-        25.5,
-        "http://www.topcpu.net/es/gpu-c/geforce-rtx-4090-vs-geforce-rtx-3060-12-gb-ga104",
-        "rate derived: 112 tensor cores, 1.777 GHz",
-    ),
-    Gpu(
-        "RTX 3070",
-        ("3070", "rtx3070"),
-        7.78,
-        (8, 6),
-        448,
-        40.6,
-        "https://www.techpowerup.com/review/nvidia-geforce-rtx-3070-founders-edition/2.html",
-        "8 GB; memory seen: https://github.com/akshitac8/OW-DETR/issues/46; rate derived: 184 tensor cores, 1.725 GHz",
-    ),
-    Gpu(
-        "RTX 4060",
-        ("4060", "rtx4060"),
-        7.78,
-        (8, 9),
-        272,
-        30.2,
-        "https://fpsbench.com/compare/gpu/nvidia-geforce-rtx-4060-vs-nvidia-t600",
-        "8 GB; memory seen taken from other 8 GB cards; rate derived: 96 tensor cores, 2.46 GHz",
-    ),
-    Gpu(
-        "RTX 3090",
-        ("3090", "rtx3090"),
-        23.5,
-        (8, 6),
-        936,
-        71,
-        "https://holynerdvana.blogspot.com/2022/10/nvidia-geforce-rtx-3090-specifications.html",
-    ),
-    Gpu(
-        "RTX 4090",
-        ("4090", "rtx4090"),
-        23.635,
-        (8, 9),
-        1008,
-        165,
-        "https://gist.github.com/mikasenghaas/d63ded03f1f0417b1677627119bacc0d",
-    ),
-    Gpu(
-        "RTX 5090",
-        ("5090", "rtx5090"),
-        31.362,
-        (12, 0),
-        1792,
-        209.5,
-        "https://www.spheron.network/blog/nvidia-rtx-5090-specs/",
-        "needs builds for CUDA 12.8 or newer; rate derived from the sparse one",
-    ),
-    Gpu(
-        "A10G",
-        ("a10g", "g5"),
-        22.20,
-        (8, 6),
-        600,
-        70,
-        "https://www.baseten.co/blog/nvidia-a10-vs-a10g-for-ml-model-inference/",
-        "AWS g5; memory seen: https://github.com/XavierXiao/Dreambooth-Stable-Diffusion/issues/18",
-    ),
-    Gpu(
-        "A100 40GB",
-        ("a100-40", "a100-sxm4-40gb"),
-        39.39,
-        (8, 0),
-        1555,
-        312,
-        "https://sysrqmts.com/gpus/compare/nvidia-a100-sxm4-40-gb-vs-nvidia-tesla-t4",
-    ),
+    Gpu("T4", ("t4",), 14.741, (7, 5), 320, 65, "sysrqmts.com", "Colab, Kaggle (one of its two); no bfloat16"),
+    Gpu("P100", ("p100",), 15.895, (6, 0), 732, 18.7, "github.com/Kaggle/kaggle-cli/issues/1151", "Kaggle; too old"),
+    Gpu("L4", ("l4",), 22.161, (8, 9), 300, 121, "lightning-fabric 2.6.6", "Colab Pro"),
+    Gpu("RTX 3060 12GB", ("3060", "rtx3060"), 11.75, (8, 6), 360, 25.5, "topcpu.net; rate derived"),
+    Gpu("RTX 3070", ("3070", "rtx3070"), 7.78, (8, 6), 448, 40.6, "techpowerup.com; rate derived", "8 GB"),
+    Gpu("RTX 4060", ("4060", "rtx4060"), 7.78, (8, 9), 272, 30.2, "fpsbench.com; rate derived", "8 GB"),
+    Gpu("RTX 3090", ("3090", "rtx3090"), 23.5, (8, 6), 936, 71, "holynerdvana.blogspot.com"),
+    Gpu("RTX 4090", ("4090", "rtx4090"), 23.635, (8, 9), 1008, 165, "gist.github.com/mikasenghaas"),
+    Gpu("RTX 5090", ("5090", "rtx5090"), 31.362, (12, 0), 1792, 209.5, "spheron.network; rate derived", "CUDA 12.8+"),
+    Gpu("A10G", ("a10g", "g5"), 22.20, (8, 6), 600, 70, "baseten.co", "AWS g5"),
+    Gpu("A100 40GB", ("a100-40", "a100-sxm4-40gb"), 39.39, (8, 0), 1555, 312, "sysrqmts.com"),
     Gpu(
         "A100 80GB",
         ("a100-80", "a100", "a100-sxm4-80gb", "a100-80gb-pcie"),
-        79.15,
-        (8, 0),
-        1935,
-        312,
-        "http://llmbook.apartsin.com/appendices/appendix-g-hardware-compute/section-g.1.html",
-        "PCIe's bandwidth, SXM has 2,039 GB/s; memory seen: https://github.com/vllm-project/vllm/issues/4408",
+        *(79.15, (8, 0), 1935, 312, "llmbook.apartsin.com, appendix G", "PCIe's bandwidth; SXM has 2,039 GB/s"),
     ),
-    Gpu(
-        "H100 PCIe",
-        ("h100-pcie",),
-        79.11,
-        (9, 0),
-        2000,
-        756,
-        "lightning-fabric 2.6.6, _CUDA_FLOPS",
-    ),
-    Gpu(
-        "H100 SXM",
-        ("h100", "h100-sxm", "h100-80gb-hbm3"),
-        79.11,
-        (9, 0),
-        3350,
-        989,
-        "lightning-fabric 2.6.6, _CUDA_FLOPS",
-        "memory seen: https://github.com/vllm-project/vllm/issues/27508",
-    ),
-    Gpu(
-        "H200",
-        ("h200",),
-        139.8,
-        (9, 0),
-        4800,
-        989,
-        "lightning-fabric 2.6.6, _CUDA_FLOPS",
-        "nvidia-smi says 143,771 MiB",
-    ),
+    Gpu("H100 PCIe", ("h100-pcie",), 79.11, (9, 0), 2000, 756, "lightning-fabric 2.6.6"),
+    Gpu("H100 SXM", ("h100", "h100-sxm", "h100-80gb-hbm3"), 79.11, (9, 0), 3350, 989, "lightning-fabric 2.6.6"),
+    Gpu("H200", ("h200",), 139.8, (9, 0), 4800, 989, "lightning-fabric 2.6.6", "nvidia-smi says 143,771 MiB"),
 )
-"""From the smallest to the largest kind of use; two T4 are not one of 30 GB."""
+"""From the smallest to the largest kind of use; two T4 are not one of 30 GB. Memory of the 3070, A10G, A100 80GB and
+H100: as issues of users show it."""
 
 
 def find_gpu(name: str) -> Gpu:
@@ -234,7 +118,7 @@ def gpu_of(name: str, total_bytes: int, capability: tuple[int, int]) -> Gpu:
     }
     best = max(likeness, key=lambda gpu: likeness[gpu], default=None)
     if best is None or not likeness[best]:
-        return Gpu(name, (), memory, capability, None, None, "detected", "not in the table, so no times")
+        return Gpu(name, (), memory, capability, None, None, "detected", "not in the table")
     return replace(best, memory_gib=memory)
 
 

@@ -36,16 +36,17 @@ PREFILL = 8192
 KV_BLOCK = 16
 SLOT_STEP = 64
 KV_SHARES = {True: 0.6, False: 0.3}
-"""Share of the free memory that ``sampling.vllm_engine`` gives to keys and values, by whether they are given back."""
+"""vLLM's KV cache as a share of the memory that weights leave free, by whether it is released during updates."""
 
 LORA_RANKS = (1, 8, 16, 32, 64, 128, 256, 320, 512)
+"""Ranks that vLLM holds; an adapter's is rounded up to one of them (``vllm/config/lora.py``)."""
 
 PARTS = (
     "weights",
     "LoRA, AdamW",
     "vLLM's LoRA",
     "graphs",
-    "keys and values",
+    "KV cache",
     "working memory",
     "activations",
     "head",
@@ -64,7 +65,7 @@ class Setup:
     Attributes:
         four_bit: the frozen linear layers are in NF4.
         unsloth: it loads the model, and shares its weights with vLLM in 4 bits too.
-        given_back: vLLM frees its keys and values during the update.
+        releases_kv: vLLM releases its KV cache during the update.
     """
 
     config: RunConfig
@@ -72,7 +73,7 @@ class Setup:
     gpu: Gpu
     four_bit: bool
     unsloth: bool
-    given_back: bool
+    releases_kv: bool
 
     @property
     def item(self) -> int:
@@ -112,7 +113,7 @@ class Setup:
 
     @cached_property
     def kv_cache_bytes(self) -> int:
-        """Room for keys and values while sampling, as the samplers take it."""
+        """The KV cache while sampling, as the samplers size it."""
         config, each = self.config, self.shape.kv_bytes(self.item)
         if not self.vllm:
             slots = config.max_num_seqs * -(-self.sequence_tokens // SLOT_STEP) * SLOT_STEP
@@ -121,12 +122,12 @@ class Setup:
         if config.kv_cache_gib is not None:
             return int(config.kv_cache_gib * GIB)
         free = self.gpu.memory_bytes - CONTEXT - 4 * self.adapter.parameters - self.weight_bytes
-        room = int(KV_SHARES[self.given_back] * max(0, free))
-        return max(self.sequence_bytes, min(config.max_num_seqs * self.sequence_bytes, room))
+        limit = int(KV_SHARES[self.releases_kv] * max(0, free))
+        return max(self.sequence_bytes, min(config.max_num_seqs * self.sequence_bytes, limit))
 
     @property
     def sequence_bytes(self) -> int:
-        """Keys and values of one sequence of full length, in vLLM's blocks."""
+        """KV cache of one sequence of full length, in vLLM's blocks."""
         blocks = -(-(self.sequence_tokens + 1) // KV_BLOCK) + 2
         return blocks * KV_BLOCK * self.shape.kv_bytes(self.item)
 
@@ -157,11 +158,11 @@ class Phase:
 def phases(setup: Setup) -> tuple[Phase, ...]:
     """Load, rollout and update, each at its fullest moment."""
     adapter, weights = setup.adapter.parameters, setup.weight_bytes
+    working = _sampling(setup)
     engine = _engine(setup)
     kv, own = setup.kv_cache_bytes, 0 if setup.config.share_weights or not setup.vllm else weights
-    sampling = _sampling(setup)
-    loading = sampling if setup.vllm else _unpacked(setup.shape, setup.item, setup.four_bit)
-    asleep = {"keys and values": 0 if setup.given_back or own else kv} if setup.vllm else {}
+    unpacked = _unpacked(setup.shape, setup.item, setup.four_bit)
+    asleep = {"KV cache": 0 if setup.releases_kv or own else kv} if setup.vllm else {}
     found = activations(
         setup.shape,
         setup.adapter,
@@ -171,15 +172,16 @@ def phases(setup: Setup) -> tuple[Phase, ...]:
         copies=setup.copied_keys,
     )
     block = max(found.blocks, found.head - found.tile)
+    loading, loaded = (working, kv) if setup.vllm else (unpacked, 0)
     return (
-        _phase("load", weights + own, 4 * adapter, {**engine, "keys and values": kv if setup.vllm else 0}, loading),
-        _phase("rollout", weights + own, 12 * adapter, {**engine, "keys and values": kv}, sampling),
+        _phase("load", weights + own, 4 * adapter, {**engine, "KV cache": loaded}, loading),
+        _phase("rollout", weights + own, 12 * adapter, {**engine, "KV cache": kv}, working),
         _phase(
             "update",
             weights,
             16 * adapter,
             {**engine, **asleep, "head": found.peak - block},
-            block + _unpacked(setup.shape, setup.item, setup.four_bit),
+            block + unpacked,
             "activations",
         ),
     )
@@ -219,8 +221,8 @@ def captured_graphs(max_num_seqs: int) -> int:
 def prompt_working(shape: Shape, item: int) -> int:
     """Bytes for each prompt token of a forward pass without gradients through the adapted model.
 
-    Beside its keys and values: four versions of the residual stream, and inside the MLP the activated gate, the other
-    factor, LoRA's twice in float32 and the cast input. Attention needs less, also where it copies keys and values.
+    Beside its KV cache: four versions of the residual stream, and inside the MLP the activated gate, the other
+    factor, LoRA's twice in float32 and the cast input. Attention needs less, also where it copies shared keys.
     """
     h, f = shape.hidden, shape.intermediate
     streams = 4 * item * h
@@ -242,29 +244,27 @@ def engine_memory(
 ) -> dict[str, int]:
     """Bytes that vLLM takes beside weights and KV cache: its copy of the adapter, for every layer that could have one,
     its CUDA graphs, and working memory for the prompts' forward pass or for drawing tokens, whichever is more."""
-    room = next((known for known in LORA_RANKS if known >= rank), LORA_RANKS[-1])
+    slot = next((known for known in LORA_RANKS if known >= rank), LORA_RANKS[-1])
     prompts = prompt_tokens * item * (4 * shape.hidden + 3 * shape.intermediate)
     return {
-        "vLLM's LoRA": shape.lora_parameters(room) * item,
+        "vLLM's LoRA": shape.lora_parameters(slot) * item,
         "graphs": captured_graphs(max_num_seqs) * GRAPH,
         "working memory": max(prompts, max_num_seqs * shape.vocab * LOGITS["vllm"]) + _unpacked(shape, item, four_bit),
     }
 
 
+def _vllm(setup: Setup, sequences: int, prompt_tokens: int) -> dict[str, int]:
+    """:func:`engine_memory` of a plan."""
+    shape, item, rank = setup.shape, setup.item, setup.config.lora_r
+    return engine_memory(
+        shape, item, setup.four_bit, rank=rank, max_num_seqs=sequences, prompt_tokens=prompt_tokens
+    )
+
+
 def _engine(setup: Setup) -> dict[str, int]:
     """What vLLM holds all the time, beside weights and KV cache."""
-    if not setup.vllm:
-        return {}
-    parts = _vllm(setup, setup.config.max_num_seqs)
+    parts = _vllm(setup, setup.config.max_num_seqs, PREFILL) if setup.vllm else {}
     return {part: size for part, size in parts.items() if part != "working memory"}
-
-
-def _vllm(setup: Setup, sequences: int, prompt_tokens: int = PREFILL) -> dict[str, int]:
-    """:func:`engine_memory` of a plan."""
-    rank = setup.config.lora_r
-    return engine_memory(
-        setup.shape, setup.item, setup.four_bit, rank=rank, max_num_seqs=sequences, prompt_tokens=prompt_tokens
-    )
 
 
 def _sampling(setup: Setup) -> int:
@@ -276,9 +276,7 @@ def _sampling(setup: Setup) -> int:
         return _vllm(setup, sequences, (2 if large else 1) * PREFILL)["working memory"]
     width = min(longest(config).refined, setup.sequence_tokens)
     prompts = max(PREFILL, width) * prompt_working(shape, item)
-    return max(prompts, sequences * shape.vocab * LOGITS["transformers"]) + _unpacked(
-        setup.shape, setup.item, setup.four_bit
-    )
+    return max(prompts, sequences * shape.vocab * LOGITS["transformers"]) + _unpacked(shape, item, setup.four_bit)
 
 
 def _unpacked(shape: Shape, item: int, four_bit: bool) -> int:

@@ -1,4 +1,4 @@
-"""A plan: the memory of every phase, the time, whether it fits, and the one change that helps most."""
+"""A plan: the memory of every phase, the time, whether it fits, and which single change helps most."""
 
 from __future__ import annotations
 
@@ -7,7 +7,6 @@ from dataclasses import dataclass, replace
 from typing import Any, Literal
 
 from igrpo_lite.config import RunConfig
-from igrpo_lite.defaults import SGRPO_PRESETS
 from igrpo_lite.planning.gpus import GIB, Gpu
 from igrpo_lite.planning.memory import Phase, Setup, phases
 from igrpo_lite.planning.models import MODELS, Model
@@ -16,7 +15,7 @@ from igrpo_lite.planning.time import Estimate, estimate
 from igrpo_lite.planning.work import Lengths, longest, typical
 
 TIGHT = 0.9
-"""Share of the GPU's memory above which a plan does not simply fit."""
+"""Share of the GPU's memory above which a plan is ``tight``."""
 
 SHOWN = (
     "algorithm",
@@ -45,12 +44,10 @@ class Change:
 
     Attributes:
         flags: how it is asked for.
-        price: what it costs.
         peak: bytes of the fullest phase with it.
     """
 
     flags: str
-    price: str
     peak: int
     verdict: Verdict
 
@@ -115,9 +112,8 @@ def plan(
     *,
     four_bit: bool | None = None,
     unsloth: bool | None = None,
-    given_back: bool | None = None,
+    releases_kv: bool | None = None,
     completion: int | None = None,
-    prompt: int | None = None,
 ) -> Plan:
     """Memory and time of a run with exactly these settings.
 
@@ -125,15 +121,15 @@ def plan(
         config: as :func:`igrpo_lite.settings.resolve` gives it.
         four_bit: unset: what ``load_in_4bit`` says, or the model's own weights.
         unsloth: whether it loads the model; unset: what ``backend`` says, and for ``auto`` :func:`suits_unsloth`.
-        given_back: whether vLLM frees keys and values during updates; unset: with Unsloth, else from capability 8.0 on:
-            vLLM can from 0.31 on, and older GPUs get an older one.
-        completion, prompt: mean tokens, for the time; unset: :func:`typical`.
+        releases_kv: whether vLLM releases its KV cache during updates; unset: with Unsloth, else from capability 8.0
+            on: vLLM can from 0.31 on, and older GPUs get an older one.
+        completion: mean tokens, for the time; unset: :func:`typical`.
     """
     four_bit = config.load_in_4bit or model.packed if four_bit is None else four_bit
     unsloth = suits_unsloth(config, model) if unsloth is None else unsloth
-    given_back = unsloth or gpu.capability >= (8, 0) if given_back is None else given_back
-    setup = Setup(config, model.shape, gpu, four_bit, unsloth, given_back)
-    return planned(setup, model, typical(config, completion, prompt))
+    releases_kv = unsloth or gpu.capability >= (8, 0) if releases_kv is None else releases_kv
+    setup = Setup(config, model.shape, gpu, four_bit, unsloth, releases_kv)
+    return planned(setup, model, typical(config, completion))
 
 
 def planned(setup: Setup, model: Model, lengths: Lengths) -> Plan:
@@ -154,11 +150,11 @@ def prefers_four_bit(model: Model, gpu: Gpu) -> bool:
 
 
 def changes(made: Plan) -> list[Change]:
-    """Single changes that take less memory, best first: those that make it fit, from the cheapest to the dearest; then
-    the others by what they save. Of each setting the mildest value that fits is taken, else the one with the least
+    """Single changes that take less memory: first those that make it fit, from the cheapest to the dearest; then the
+    others by what they save. Of each setting the mildest value that fits is taken, else the one with the least
     memory."""
     found = []
-    for price, flags, tries in _alternatives(made):
+    for flags, tries in _alternatives(made):
         best: tuple[Plan, str] | None = None
         for other, text in tries:
             if best is None or other.peak < best[0].peak:
@@ -166,7 +162,7 @@ def changes(made: Plan) -> list[Change]:
             if best[0].verdict == "fits":
                 break
         if best is not None and best[0].peak < made.peak:
-            found.append(Change(f"{flags} {best[1]}".strip(), price, best[0].peak, best[0].verdict))
+            found.append(Change(f"{flags} {best[1]}".strip(), best[0].peak, best[0].verdict))
     fitting = [change for change in found if change.verdict == "fits"]
     return fitting + sorted((c for c in found if c.verdict != "fits"), key=lambda change: change.peak)
 
@@ -193,10 +189,7 @@ def _notes(setup: Setup, model: Model) -> Iterator[str]:
                 f"the model's context is {shape.context} tokens, but to judge, the policy may need {most.judged}; "
                 "lower judge_max_tokens, max_completion_length or max_prompt_length"
             )
-        yield (
-            "the time is without what the policy writes as a judge: for each completion a grade of up to "
-            f"{config.judge_max_tokens} tokens"
-        )
+        yield f"the time leaves out the policy's grades as a judge, of up to {config.judge_max_tokens} tokens each"
     if setup.unsloth and config.backend == "auto":
         yield (
             "planned as with Unsloth and vLLM, where they are installed; --backend transformers plans without Unsloth, "
@@ -204,51 +197,38 @@ def _notes(setup: Setup, model: Model) -> Iterator[str]:
         )
     if setup.four_bit and not setup.vllm and config.sampler != "transformers":
         yield "4-bit weights without Unsloth: the transformers sampler, which is slower than vLLM"
-    if setup.vllm and not setup.given_back:
-        yield "vLLM is taken to keep its keys and values during updates, as versions before 0.31 do"
+    if setup.vllm and not setup.releases_kv:
+        yield "vLLM is assumed to keep its KV cache during updates, as versions before 0.31 do"
     if not shape.exact:
         yield "counted as a Llama of its size: this architecture is not known here"
     if model.gated:
         yield f"{model.hub_id} asks for a licence to be accepted; {model.ungated} does not"
 
 
-_Tries = Iterable[tuple[Plan, str]]
-
-
-def _alternatives(made: Plan) -> Iterator[tuple[str, str, _Tries]]:
-    """What to try, from the cheapest to the dearest: price, flags, and plans with the end of the flags."""
+def _alternatives(made: Plan) -> Iterator[tuple[str, Iterable[tuple[Plan, str]]]]:
+    """What to try, from the cheapest to the dearest: flags, and plans with the end of the flags."""
     setup, config = made.setup, made.setup.config
 
     def other(four_bit: bool = setup.four_bit, model: Model = made.model, **values: Any) -> Plan:
         changed = replace(setup, config=config.model_copy(update=values), shape=model.shape, four_bit=four_bit)
         return planned(changed, model, made.lengths)
 
-    def smaller(name: str, least: int, **values: Any) -> _Tries:
+    def smaller(name: str, least: int, **values: Any) -> Iterator[tuple[Plan, str]]:
         for value in list(halved(getattr(config, name), least))[1:]:
             settings: dict[str, Any] = {name: value, **values}
             yield other(**settings), str(value)
 
-    yield "more, smaller passes", "--update-tokens", smaller("update_tokens", 512)
-    if not config.gradient_checkpointing:
-        price = "a third more work in the update"
-        yield price, "--gradient-checkpointing", [(other(gradient_checkpointing=True), "")]
-    # Room that was asked for by size would not shrink with the sequences.
-    yield "fewer sequences at a time", "--max-num-seqs", smaller("max_num_seqs", 4, kv_cache_gib=None)
-    if not setup.four_bit:
-        yield "slower, slightly worse weights", "--load-in-4bit", [(other(four_bit=True), "")]
-    if config.tokens in ("all", "entropy"):
-        values: dict[str, Any] = {"tokens": "s-grpo", "sgrpo_preset": "long", **SGRPO_PRESETS["long"]}
-        yield "later tokens do not learn", "--tokens s-grpo --sgrpo-preset long", [(other(**values), "")]
-    if config.lora_layers == "all":
-        yield "fewer layers learn", "--lora-layers 'last third'", [(other(lora_layers="last third"), "")]
-    cut = smaller("max_completion_length", 64, kv_cache_gib=None)
-    yield "longer completions are cut", "--max-completion-length", cut
+    yield "--update-tokens", smaller("update_tokens", 512)
+    yield "--gradient-checkpointing", [(other(gradient_checkpointing=True), "")]
+    # A KV cache of a fixed size would not shrink with the sequences.
+    yield "--max-num-seqs", smaller("max_num_seqs", 4, kv_cache_gib=None)
+    yield "--load-in-4bit", [(other(four_bit=True), "")]
+    yield "--max-completion-length", smaller("max_completion_length", 64, kv_cache_gib=None)
     models = sorted((m for m in MODELS if _smaller(m, made.model)), key=lambda m: -m.shape.parameters)
     packed = setup.four_bit and (config.load_in_4bit or not made.model.packed)  # by the settings, which stay
-    others = ((other(four_bit=packed, model=m, kv_cache_gib=None), m.alias) for m in models)
-    yield "another model", "--model", others
+    yield "--model", ((other(four_bit=packed, model=m, kv_cache_gib=None), m.alias) for m in models)
 
 
 def _smaller(model: Model, than: Model) -> bool:
     """Of the same family, which has the same prompts."""
-    return model.shape.parameters < than.shape.parameters and model.template == than.template != ""
+    return model.shape.parameters < than.shape.parameters and model.family == than.family != ""

@@ -68,6 +68,11 @@ class Tree:
     def nodes(self) -> int:
         return self.trunk + self.leaves * self.leaf
 
+    @property
+    def row(self) -> int:
+        """Tokens of one branch with the trunk repeated."""
+        return self.trunk + self.leaf
+
 
 @dataclass(frozen=True, slots=True)
 class Batch:
@@ -96,23 +101,11 @@ def longest(config: RunConfig) -> Lengths:
     return Lengths(config.max_prompt_length, draft, config.max_completion_length, replies)
 
 
-def typical(config: RunConfig, completion: int | None = None, prompt: int | None = None) -> Lengths:
-    """What to expect on average: half of ``max_completion_length`` and a quarter of ``max_prompt_length``, if unset."""
+def typical(config: RunConfig, completion: int | None = None) -> Lengths:
+    """What to expect on average: a quarter of ``max_prompt_length`` and, if unset, half of ``max_completion_length``."""
     most = longest(config)
     completion = min(completion or most.completion // 2, most.completion)
-    prompt = min(prompt or max(1, most.prompt // 4), most.prompt)
-    return Lengths(prompt, min(most.draft, completion), completion)
-
-
-def waves(config: RunConfig) -> tuple[int, ...]:
-    """Completions of a step that are sampled together, wave after wave.
-
-    ``overlap`` has the same two waves as ``barrier``, one running into the other; ``ahead`` one of both stages.
-    """
-    first, second = (size * config.prompts_per_step for size in (config.n_drafts, config.n_refinements))
-    if config.schedule == "ahead" and second:
-        return (first + second,)
-    return (first, second) if second else (first,)
+    return Lengths(max(1, most.prompt // 4), min(most.draft, completion), completion)
 
 
 def learning_trees(config: RunConfig, lengths: Lengths) -> Counter[Tree]:
@@ -134,23 +127,15 @@ def learning_trees(config: RunConfig, lengths: Lengths) -> Counter[Tree]:
     return found
 
 
-def batches(trees: Counter[Tree], budget: int, in_rows: bool) -> Counter[Batch]:
-    """Micro-batches of at most ``budget`` tokens, as the update packs equal trees, or rows of whole sequences."""
-    found: Counter[Batch] = Counter()
-    for tree, count in trees.items():
-        found += _rows(tree, count, budget) if in_rows else _packs(tree, count, budget)
-    return found
-
-
 def fullest(trees: Counter[Tree], budget: int, in_rows: bool) -> Batch:
-    """The micro-batch to reckon memory with: real lengths differ, so packs fill ``budget`` better than equal trees do,
-    and every term is scaled up to it, as far as the step has as many tokens."""
+    """The largest micro-batch of at most ``budget`` tokens. Real lengths differ, so packs fill ``budget`` better than
+    equal trees do, and every term is scaled up to it, as far as the step has as many tokens."""
     found = []
     for tree, count in trees.items():
-        packs = batches(Counter({tree: count}), budget, in_rows)
-        step = sum(batch.tokens * number for batch, number in packs.items())
-        found.append(_scaled(max(packs, key=_tokens), budget, step))
-    return max(found, key=_tokens)
+        batch = _rows(tree, count, budget) if in_rows else _pack(tree, count, budget)
+        step = count * (tree.leaves * tree.row if in_rows else tree.nodes)
+        found.append(_scaled(batch, max(1.0, min(budget, step) / batch.tokens)))
+    return max(found, key=lambda batch: batch.tokens)
 
 
 def last_index(config: RunConfig, completion: int) -> tuple[float, float]:
@@ -187,33 +172,22 @@ def _chosen(config: RunConfig, completion: int, size: int) -> tuple[int, int]:
     return completion, completion
 
 
-def _packs(tree: Tree, count: int, budget: int) -> Counter[Batch]:
-    """Whole trees as many as fit; a tree that does not fit is split between branches, each part with the trunk."""
-    whole = budget // tree.nodes
-    if whole:
-        full, rest = divmod(count, whole)
-        return +Counter({_pack(tree, whole, tree.leaves): full}) + Counter({_pack(tree, rest, tree.leaves): rest > 0})
-    leaves = max(1, (budget - tree.trunk) // tree.leaf)
-    full, rest = divmod(tree.leaves, leaves)
-    return Counter({_pack(tree, 1, leaves): full * count}) + Counter({_pack(tree, 1, rest): count if rest else 0})
+def _pack(tree: Tree, count: int, budget: int) -> Batch:
+    """As many whole trees as fit, or as many branches of a tree that is larger than the budget."""
+    trees = min(count, budget // tree.nodes)
+    leaves = trees * tree.leaves if trees else max(1, (budget - tree.trunk) // tree.leaf)
+    trees = max(1, trees)
+    return Batch(
+        trees * tree.trunk + leaves * tree.leaf, leaves * tree.rows, (trees, tree.trunk), leaves, tree.trunk, tree.leaf
+    )
 
 
-def _pack(tree: Tree, trees: int, leaves: int) -> Batch:
-    every = trees * leaves
-    tokens = trees * tree.trunk + every * tree.leaf
-    return Batch(tokens, every * tree.rows, (trees, tree.trunk), every, tree.trunk, tree.leaf)
+def _rows(tree: Tree, count: int, budget: int) -> Batch:
+    number = min(count * tree.leaves, max(1, budget // tree.row))
+    return Batch(number * tree.row, number * tree.rows, (number, tree.row))
 
 
-def _rows(tree: Tree, count: int, budget: int) -> Counter[Batch]:
-    width = tree.trunk + tree.leaf
-    most = max(1, budget // width)
-    full, rest = divmod(count * tree.leaves, most)
-    sizes = Counter({most: full}) + Counter({rest: 1})
-    return Counter({Batch(n * width, n * tree.rows, (n, width)): times for n, times in sizes.items() if n and times})
-
-
-def _scaled(batch: Batch, budget: int, step: int) -> Batch:
-    factor = max(1.0, min(budget, step) / batch.tokens)
+def _scaled(batch: Batch, factor: float) -> Batch:
     runs, length = batch.causal
     return replace(
         batch,
@@ -222,7 +196,3 @@ def _scaled(batch: Batch, budget: int, step: int) -> Batch:
         causal=(runs * factor, length),
         leaves=batch.leaves * factor,
     )
-
-
-def _tokens(batch: Batch) -> int:
-    return batch.tokens

@@ -25,13 +25,11 @@ from packaging.version import InvalidVersion, Version
 
 from igrpo_lite.environment.pins import INSTALL
 from igrpo_lite.errors import SamplerError
+from igrpo_lite.planning.memory import KV_SHARES, LORA_RANKS
 from igrpo_lite.policy.quiet import quiet
 from igrpo_lite.policy.relief import forget, make_room, speaks_of_memory
 from igrpo_lite.sampling import vllm_internals
 from igrpo_lite.versions import VLLM
-
-LORA_RANKS = (1, 8, 16, 32, 64, 128, 256, 320, 512)
-"""Ranks that vLLM has room for; an adapter's is rounded up to one of them."""
 
 _GIB = 2**30
 _CPU_BLOCK = 32  # tokens; vLLM's 128 is longer than many prompts, and only whole blocks are found in the prefix cache
@@ -262,11 +260,11 @@ def kv_bytes_per_token(config: Any, dtype: torch.dtype) -> int:
     )
 
 
-def kv_cache_bytes(options: EngineOptions, config: Any, given_back: bool = False) -> int:
-    """Room for keys and values: what was asked for, else all sequences at full length, within limits.
+def kv_cache_bytes(options: EngineOptions, config: Any, released: bool = False) -> int:
+    """Size of the KV cache: what was asked for, else all sequences at full length, within limits.
 
-    The limits, never less than one full sequence: on a CPU 1 GiB and a quarter of the free memory; on CUDA 60 % of what
-    the weights leave free if it is ``given_back`` around the update, 30 % if not.
+    The limits, never less than one full sequence: on a CPU 1 GiB and a quarter of the free memory; on CUDA a share
+    of what the weights leave free (:data:`KV_SHARES`), by whether it is ``released`` during updates.
     """
     sequence = _sequence_bytes(options, config)
     if options.kv_cache_bytes is not None:
@@ -280,7 +278,7 @@ def kv_cache_bytes(options: EngineOptions, config: Any, given_back: bool = False
         limit = min(_CPU_KV_LIMIT, psutil.virtual_memory().available // 4)
     else:
         free = torch.cuda.mem_get_info(options.device)[0] - options.weight_bytes
-        limit = int(free * (0.6 if given_back else 0.3))
+        limit = int(free * KV_SHARES[released])
     return max(sequence, min(sequence * options.max_num_seqs, limit))
 
 

@@ -22,8 +22,8 @@ from igrpo_lite.sampling.choice import has_vllm
 if TYPE_CHECKING:
     import torch
 
-FREES_KEYS_AND_VALUES = "0.31"
-"""The vLLM from which on ``LLM.release_kv_cache_memory`` is there (``sampling.vllm_engine``)."""
+RELEASES_KV = "0.31"
+"""The vLLM version from which on ``LLM.release_kv_cache_memory`` is there (``sampling.vllm_engine``)."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -43,14 +43,14 @@ class Fitted:
 
 
 def gpu_in_use(config: RunConfig) -> Gpu | None:
-    """The CUDA GPU that a run takes, with the memory that nobody else holds; ``None`` for other devices.
+    """The CUDA GPU of a run, with the memory that is free for it; ``None`` for other devices.
     :func:`measured_peak` counts from here on."""
     device = _cuda_device(config)
     if device is None:
         return None
     import torch
 
-    found = torch.cuda.get_device_properties(device)  # first: it starts CUDA, which the others take for granted
+    found = torch.cuda.get_device_properties(device)  # first: it initialises CUDA
     torch.cuda.reset_peak_memory_stats(device)
     whole = gpu_of(found.name, found.total_memory, (found.major, found.minor))
     free, total = torch.cuda.mem_get_info(device)
@@ -58,8 +58,8 @@ def gpu_in_use(config: RunConfig) -> Gpu | None:
 
 
 def without(gpu: Gpu, taken: int) -> Gpu:
-    """The GPU less ``taken`` bytes, which a desktop or another program holds. What is less than a twentieth is nothing:
-    how large CUDA's own part is depends on the driver."""
+    """The GPU less ``taken`` bytes, which a desktop or another program holds. Less than 5 % is ignored: how large CUDA's
+    own part is depends on the driver."""
     return gpu if taken < gpu.memory_bytes / 20 else replace(gpu, memory_gib=gpu.memory_gib - taken / GIB)
 
 
@@ -94,11 +94,11 @@ def fitted(config: RunConfig, gpu: Gpu | None) -> Fitted:
     except UserError as error:
         return Fitted(config, (f"memory is not planned: {error.problems[0]}",))
     unsloth = enter(config).name == "unsloth"
-    given_back = gives_back(unsloth)
-    # ``auto`` takes what is installed, where a plan without the machine takes it that everything is.
+    releases_kv = releases_kv_cache(unsloth)
+    # ``auto`` takes vLLM only where it is installed.
     known = config if has_vllm() else config.model_copy(update={"sampler": "transformers"})
-    chosen = suggest(known, model, gpu, keep=config.model_fields_set, unsloth=unsloth, given_back=given_back)
-    made = plan(known.model_copy(update=chosen), model, gpu, unsloth=unsloth, given_back=given_back)
+    chosen = suggest(known, model, gpu, keep=config.model_fields_set, unsloth=unsloth, releases_kv=releases_kv)
+    made = plan(known.model_copy(update=chosen), model, gpu, unsloth=unsloth, releases_kv=releases_kv)
     notes = [f"planned for {gpu.name}: {made.peak / GIB:.1f} of {gpu.memory_bytes / GIB:.1f} free GiB at most"]
     if chosen:
         notes[0] += f", with {', '.join(f'{name} {value}' for name, value in chosen.items())}"
@@ -110,12 +110,12 @@ def fitted(config: RunConfig, gpu: Gpu | None) -> Fitted:
     return Fitted(config.model_copy(update=chosen), tuple(notes), made)
 
 
-def gives_back(unsloth: bool) -> bool:
-    """Whether the vLLM that is installed frees its keys and values during updates: Unsloth's does, if asked to, and
-    vLLM itself where it can without the weights."""
+def releases_kv_cache(unsloth: bool) -> bool:
+    """Whether the installed vLLM releases its KV cache during updates: Unsloth's does unless told otherwise, vLLM
+    itself where it can release it without the weights."""
     if unsloth:
         return os.environ.get("UNSLOTH_VLLM_STANDBY", "1") != "0"
     try:
-        return Version(version("vllm")) >= Version(FREES_KEYS_AND_VALUES)
+        return Version(version("vllm")) >= Version(RELEASES_KV)
     except (PackageNotFoundError, InvalidVersion):
         return False

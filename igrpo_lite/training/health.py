@@ -385,11 +385,9 @@ class Health:
     def _growing(self) -> Iterator[Finding]:
         for kind, found in self._memory.growing():
             name = {"rss": "Memory", "device": "GPU memory"}[kind]
-            left = "" if found.steps_left is None else f"; at this rate it is full in about {found.steps_left:,} steps"
             text = (
-                f"{name} grows steadily: {found.first:,.0f} MiB at step {found.since}, {found.last:,.0f} MiB now, "
-                f"{found.slope:.1f} MiB a step{left}. Stopped with Ctrl-C and started again, the run goes on from here "
-                "with fresh memory"
+                f"{name} has grown from {found.first:,.0f} MiB at step {found.since} to {found.last:,.0f} MiB. Stopped "
+                "with Ctrl-C and started again, the run goes on from here with fresh memory"
             )
             vllm = "" if self._config.sampler == "transformers" else "; for vLLM, --rebuild-steps does it on the way"
             yield Finding(f"memory:{kind}", "warning", f"{text}{vllm}.")

@@ -1,20 +1,23 @@
-"""Recipes for one GPU: what ``igrpo-lite plan`` says of each, as a comment in it and as a table in docs/recipes.md.
+"""What ``igrpo-lite plan`` says of each recipe for one GPU: a comment in it, and a table in docs/recipes.md.
 
-``make docs`` writes both anew; a test compares them, so that no number outlives the arithmetic that it came from.
+``make docs`` writes both anew (``python tools/card_recipes.py docs``); a test compares them with the planner.
 """
 
 from __future__ import annotations
 
 import re
+import sys
 from collections.abc import Iterator
+from pathlib import Path
 from typing import NamedTuple
 
+from igrpo_lite.cli.docs import filled
 from igrpo_lite.cli.plan import flags, settled
 from igrpo_lite.cli.recipes import CARD, names, path_of
 from igrpo_lite.planning.gpus import GIB, Gpu, find_gpu
 from igrpo_lite.planning.plan import Plan
-from igrpo_lite.planning.time import Estimate
 
+TITLE = "recipes for one GPU"
 _PLAIN = {"backend": "transformers", "sampler": "transformers"}
 _OPENING = "# Planned for "
 _BLOCK = re.compile(rf"^{_OPENING}.*\n(?:#.*\n)*\n?", re.MULTILINE)
@@ -58,20 +61,19 @@ def with_comment(recipe: CardRecipe) -> str:
 def table() -> list[str]:
     """All of them as lines of Markdown."""
     lines = [
-        "| GPU | recipe | rollouts a step | tokens a completion, at most | GiB planned, of | a step | all steps |",
-        "|---|---|---|---|---|---|---|",
+        "| GPU | recipe | rollouts a step | tokens a completion, at most | GiB planned, of | all steps, about |",
+        "|---|---|---|---|---|---|",
     ]
     for recipe in card_recipes():
         made = recipe.plan()
-        config, time = made.setup.config, _time(made)
+        config = made.setup.config
         cells = (
             recipe.gpu.name,
             f"[`{recipe.name}`](../recipes/{recipe.name}.yaml)",
             f"{config.prompts_per_step} x {config.num_generations}",
             str(config.max_completion_length),
             f"{made.peak / GIB:.1f}, {recipe.gpu.memory_gib:.1f}",
-            f"{time.step:.0f} s",
-            f"{config.max_steps}: {time.total / 3600:.1f} h",
+            f"{config.max_steps}: {_hours(made)}",
         )
         lines.append(f"| {' | '.join(cells)} |")
     return lines
@@ -81,22 +83,13 @@ def _lines(recipe: CardRecipe) -> Iterator[str]:
     made, chosen = settled(recipe.card, recipe.name, {})
     plain, _ = settled(recipe.card, recipe.name, _PLAIN)
     phases = ", ".join(f"{phase.name} {phase.total / GIB:.2f}" for phase in made.phases)
-    time, slower = _time(made), _time(plain)
-    room = f"of {recipe.gpu.memory_gib:.2f} GiB"
     yield f"{_OPENING[2:]}{recipe.gpu.name}, with Unsloth and vLLM; not measured (`make docs` plans anew):"
-    yield f"  {phases} {room}: {_verdict(made)}"
-    yield (
-        f"  a step {time.step:.0f} s (rollout {time.rollout:.0f}, update {time.update:.0f}), an evaluation "
-        f"{time.evaluation:.0f} s; {time.steps} steps: {time.total / 3600:.1f} h"
-    )
+    yield f"  {phases} of {recipe.gpu.memory_gib:.2f} GiB: {_verdict(made)}"
+    yield f"  {made.setup.config.max_steps} steps: about {_hours(made)}, or half or twice that"
     if chosen:
         yield f"  the run chooses {flags(chosen)}"
     yield f"Without both ({flags(_PLAIN)}):"
-    yield (
-        f"  at most {plain.peak / GIB:.2f} GiB: {_verdict(plain)}; a step {slower.step:.0f} s, "
-        f"{slower.steps} steps: {slower.total / 3600:.1f} h"
-    )
-    yield f"Times are for completions of {time.lengths.completion} tokens on average, and a factor of two either way."
+    yield f"  at most {plain.peak / GIB:.2f} GiB: {_verdict(plain)}; about {_hours(plain)}"
 
 
 def _verdict(made: Plan) -> str:
@@ -104,7 +97,13 @@ def _verdict(made: Plan) -> str:
     return f"{words} ({made.share:.0%})"
 
 
-def _time(made: Plan) -> Estimate:
-    if made.time is None:
-        raise ValueError(f"the speed of {made.setup.gpu.name} is not known")  # only of GPUs that were detected
-    return made.time
+def _hours(made: Plan) -> str:
+    assert made.time is not None  # GPUs in the table have a known speed
+    return f"{made.time.total / 3600:.1f} h"
+
+
+if __name__ == "__main__":
+    for recipe in card_recipes():
+        path_of(recipe.name).write_text(with_comment(recipe), encoding="utf-8")
+    page = Path(sys.argv[1] if len(sys.argv) > 1 else "docs") / "recipes.md"
+    page.write_text(filled(page.read_text(encoding="utf-8"), TITLE, table()), encoding="utf-8")
