@@ -1,4 +1,4 @@
-"""What an export says about itself: ``igrpo.json`` for programs, ``README.md`` (a model card) for people."""
+"""What an export says about itself: ``igrpo.json`` for programs, ``README.md`` (the model card) for people."""
 
 from __future__ import annotations
 
@@ -7,23 +7,28 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-import torch
+from jinja2 import Environment
 
 from igrpo_lite.export.merging import Base
-from igrpo_lite.export.prompting import Served
+from igrpo_lite.export.serving import Served
 from igrpo_lite.export.source import Options, Source
 from igrpo_lite.export.verification import MAX_TOKENS, TOLERANCES, Verification
 from igrpo_lite.policy.prompting import stage2_template
 from igrpo_lite.versions import installed_versions
 
+_TRAINING = (
+    *("algorithm", "tokens", "data", "temperature", "seed", "max_prompt_length", "max_completion_length"),
+    *("answer_style", "draft_placement"),
+)
+"""Settings of the run that ``igrpo.json`` names; none of them is a local path but ``data``, if that is a file."""
+
 
 @dataclass(frozen=True, slots=True)
 class Facts:
-    """All that was found out while exporting.
+    """What card, record and screen are made of.
 
     Attributes:
         trained_on: how the run held its weights; ``auto`` where it did not record it.
-        rounding: of :func:`igrpo_lite.export.merging.merge`; ``None`` for an adapter.
         verification: the result, or why there is none.
         folder: where the export ends up.
         commands: lines that serve it, by name.
@@ -35,7 +40,6 @@ class Facts:
     base: Base
     served: Served
     trained_on: str
-    rounding: float | None
     verification: Verification | str
     folder: Path
     commands: Mapping[str, str]
@@ -43,12 +47,12 @@ class Facts:
 
     @property
     def passed(self) -> bool | None:
-        """Whether the export was found to be what was trained; ``None``: it was not looked at."""
+        """Whether the export was found to be what was trained; ``None``: it was not verified."""
         return None if isinstance(self.verification, str) else self.verification.passed
 
     @property
     def portable_commands(self) -> dict[str, str]:
-        """The commands for whoever stands in the folder, wherever it was copied to."""
+        """The commands with the export as the current folder."""
         return {name: command.replace(str(self.folder), ".") for name, command in self.commands.items()}
 
     @property
@@ -60,19 +64,17 @@ class Facts:
 def record(facts: Facts) -> dict[str, Any]:
     """``igrpo.json``: everything that is needed to use the export as the run used its model."""
     source, config, lora, base = facts.source, facts.source.config, facts.source.lora, facts.base
-    prompts = facts.served.prompts
-    own, verification = config.model, facts.verification
-    merged = {"onto": facts.onto, "dtype": _name(base.target), "rounding": facts.rounding}
+    prompts, verification = facts.served.prompts, facts.verification
     return {
         "format": 1,
         "kind": facts.options.to,
         "quantization": facts.options.quantization if facts.options.to == "gguf" else None,
         "base": {
-            "model": own,
+            "model": config.model,
             "revision": config.revision,
-            "commit": base.commit if base.name == own else None,
+            "commit": base.commit if base.name == config.model else None,
             "trained_in": facts.trained_on,
-            "merged": None if facts.rounding is None else merged,
+            "merged": None if facts.options.to == "adapter" else {"onto": facts.onto, "dtype": base.target_name},
         },
         "adapter": {
             "rank": lora["r"],
@@ -83,15 +85,11 @@ def record(facts: Facts) -> dict[str, Any]:
         "prompts": {
             "system_prompt": prompts.system_prompt,
             "system_prompt_in": "a message of its own" if facts.served.system_turn else "the first user message",
-            "answer_style": config.answer_style,
             "chat_template": "plain, of igrpo-lite" if prompts.plain_template else "the base's own",
-            "draft_placement": config.draft_placement,
             "stage2_template": stage2_template(config),
             "stop": facts.served.stops(),
         },
-        "training": {name: getattr(config, name) for name in ("algorithm", "tokens", "data", "temperature", "seed")}
-        | {"steps": source.summary.get("steps")}
-        | {name: getattr(config, name) for name in ("max_prompt_length", "max_completion_length")},
+        "training": {name: getattr(config, name) for name in _TRAINING} | {"steps": source.summary.get("steps")},
         "evaluation": {"before": source.summary.get("before"), "this": source.evaluation},
         "verification": {"skipped": verification} if isinstance(verification, str) else verification.to_json(),
         "commands": facts.portable_commands,
@@ -101,42 +99,20 @@ def record(facts: Facts) -> dict[str, Any]:
 
 
 def card(facts: Facts) -> str:
-    """``README.md``."""
-    source, config = facts.source, facts.source.config
-    what = {"adapter": "LoRA adapter", "merged-16bit": "merged model", "gguf": "GGUF file"}[facts.options.to]
-    library = "peft" if facts.options.to == "adapter" else "transformers"
-    warning = ["> **This export failed its verification (below). Do not rely on it.**", ""]
-    lines = [
-        "---",
-        f"base_model: {_quoted(facts.base.name)}",
-        f"library_name: {library}",
-        "pipeline_tag: text-generation",
-        f"tags: [igrpo-lite, {config.algorithm}, lora]",
-        "---",
-        "",
-        f"# {source.name}: {what}",
-        "",
-        *(warning if facts.passed is False else []),
-        f"A LoRA adapter of {config.model}, trained with `{config.algorithm}` by igrpo-lite on `{config.data}`. "
-        "Settings and versions are in `igrpo.json`. The licences of the base model and of the data apply.",
-        "",
-        *(f"* {line}" for line in base_lines(facts)),
-        "",
-        "## Held-out accuracy",
-        "",
-        *_accuracy(source),
-        "",
-        "## Verification",
-        "",
-        *verification_lines(facts.verification),
-        "",
-        "## Prompt",
-        "",
-        *_prompt_lines(facts.served),
-    ]
-    for name, command in facts.portable_commands.items():
-        lines += ["", f"## {name}", "", "```bash", command, "```"]
-    return "\n".join([*lines, "", *(f"* {note}" for note in facts.notes)]).rstrip() + "\n"
+    """``README.md``, from the template ``card.md.jinja``."""
+    source = facts.source
+    results = [("before training", source.summary.get("before")), ("this adapter", source.evaluation)]
+    template = Path(__file__).with_name("card.md.jinja").read_text(encoding="utf-8")
+    environment = Environment(trim_blocks=True, lstrip_blocks=True, keep_trailing_newline=True)
+    return environment.from_string(template).render(
+        facts=facts,
+        source=source,
+        config=source.config,
+        served=facts.served,
+        base_lines=base_lines(facts),
+        verification_lines=verification_lines(facts.verification),
+        accuracy=[(name, found["step"], found["single"]) for name, found in results if found and found.get("single")],
+    )
 
 
 def verification_lines(found: Verification | str) -> list[str]:
@@ -172,44 +148,6 @@ def base_lines(facts: Facts) -> list[str]:
         f"base: {config.model}{revision}, trained with its weights in {facts.trained_on}",
         f"adapter: rank {lora['r']}, alpha {lora['lora_alpha']}; {which}",
     ]
-    if facts.rounding is not None:
-        lines.append(
-            f"merged onto {facts.onto} in float32, rounded once to {_name(facts.base.target)}; the rounding moves the "
-            f"weights {facts.rounding:.2g} times as far as the adapter"
-        )
+    if facts.options.to != "adapter":
+        lines.append(f"merged onto {facts.onto} in float32, rounded once to {facts.base.target_name}")
     return lines
-
-
-def _accuracy(source: Source) -> list[str]:
-    rows = [("before training", source.summary.get("before")), ("this adapter", source.evaluation)]
-    lines = []
-    for name, result in rows:
-        single = (result or {}).get("single")
-        if result and single:
-            numbers = f"{100 * single['accuracy']:.1f} % ({100 * single['low']:.1f}-{100 * single['high']:.1f})"
-            lines.append(f"| {name} | {result['step']} | {numbers} | {single['n']} |")
-    if not lines:
-        return ["Not measured in the run."]
-    table = ["| | step | greedy, single pass (95 % interval) | n |", "|---|---|---|---|", *lines]
-    if source.which == "best" and source.summary.get("evaluations", 0) > 1:
-        table += ["", "It was chosen among the run's evaluations by these same problems, which flatters it a little."]
-    return table
-
-
-def _prompt_lines(served: Served) -> list[str]:
-    system = served.prompts.system_prompt
-    lines = []
-    if served.prompts.plain_template:
-        lines = ["The base has no chat template; the one in this folder makes the run's prompts."]
-    if not system:
-        return [*lines, "No system prompt: the question is the only message."]
-    where = "as the system message" if served.system_turn else "before the question, in the same message"
-    return [*lines, f"The model was trained with this text {where}:", "", "```text", system, "```"]
-
-
-def _quoted(text: str) -> str:
-    return '"' + text.replace("\\", "/").replace('"', "'") + '"'
-
-
-def _name(dtype: torch.dtype) -> str:
-    return str(dtype).removeprefix("torch.")

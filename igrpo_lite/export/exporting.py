@@ -19,8 +19,14 @@ from igrpo_lite.errors import ConfigError, RunFolderError, UserError
 from igrpo_lite.export.card import Facts, card, record
 from igrpo_lite.export.gguf import convert, file_bytes, find_tools
 from igrpo_lite.export.merging import SHARD, load_base, merge, merge_base, own_base
-from igrpo_lite.export.prompting import Served, end_tokens, ollama_template
-from igrpo_lite.export.serving import curl_command, modelfile, modelfile_origin, vllm_command
+from igrpo_lite.export.serving import (
+    Served,
+    curl_command,
+    end_tokens,
+    modelfile,
+    ollama_template,
+    vllm_command,
+)
 from igrpo_lite.export.source import Options, Source, bits
 from igrpo_lite.export.verification import (
     MAX_TOKENS,
@@ -39,7 +45,7 @@ from igrpo_lite.policy.loading import pick_device
 from igrpo_lite.policy.prompting import prompt_builder
 
 _SMALL_FILES = 64 * 2**20
-"""Room for tokenizer and card, in bytes."""
+"""Bytes of disk for tokenizer and card."""
 
 _NF4 = (
     "the adapter was trained against 4-bit weights, dequantised (NF4); merged onto the original 16-bit ones it meets "
@@ -56,7 +62,7 @@ def export(source: Source, options: Options, on_progress: Callable[[str], None] 
         on_progress: called with a few words before each long step.
 
     Raises:
-        UserError: an unknown base, missing tools or too little room, before anything heavy is loaded; later a model
+        UserError: an unknown base, missing tools or too little disk space, before anything heavy is loaded; later a model
             that cannot be loaded, a full disk or a failing converter. Nothing is left behind then.
     """
     transformers_logging.disable_progress_bar()
@@ -79,7 +85,7 @@ def export(source: Source, options: Options, on_progress: Callable[[str], None] 
 
 
 class _Job:
-    """One export under way; making it finds out, at little cost, whether it can work."""
+    """One export; making it checks, at little cost, whether it can work."""
 
     def __init__(self, source: Source, options: Options, on_progress: Callable[[str], None]) -> None:
         self.source = source
@@ -98,20 +104,20 @@ class _Job:
         self.device = pick_device(options.device or source.config.device)
         self.gguf = f"{source.name}-{options.quantization.lower()}.gguf"
         self.half = "bf16" if self.base.target == torch.bfloat16 else "f16"
-        self._check_room()
+        self._check_space()
 
     def run(self) -> Facts:
         """Write everything into the temporary folder."""
-        rounding, base_reading = None, None
+        base_reading = None
         if self.options.to == "adapter":
             self._write_adapter()
         found, reading = self._reference() if self.options.problems else (None, None)
         if self.options.to != "adapter":
-            rounding, base_reading = self._merge(found)
+            base_reading = self._merge(found)
         verification = self._verify(found, reading, base_reading)
         if self.options.to == "gguf":
             shutil.rmtree(self._merged)
-        facts = self._facts(found, rounding, verification)
+        facts = self._facts(found, verification)
         (self.folder / "igrpo.json").write_text(json.dumps(record(facts), indent=2, ensure_ascii=False) + "\n", "utf-8")
         (self.folder / "README.md").write_text(card(facts), encoding="utf-8")
         return facts
@@ -147,14 +153,14 @@ class _Job:
         _free()
         return found, exported
 
-    def _merge(self, found: Reference | None) -> tuple[float, Reading | None]:
-        """Write the merged model, and the GGUF file made of it; returns the rounding of :func:`merge`, and what its
-        base said without the adapter, where that is another than the reference's."""
+    def _merge(self, found: Reference | None) -> Reading | None:
+        """Write the merged model, and the GGUF file made of it; returns what its base said without the adapter, where
+        that is another than the reference's."""
         self.say(f"merging onto {self.base.name}")
         model = load_base(self.base, self.source, self.options, self._place())
         other_base = found is not None and found.precision == "4-bit" and self.options.onto == "original"
         reading = read(model, found.answers) if found is not None and other_base else None
-        model, rounding = merge(model, self.source.adapter, self.base.target)
+        model = merge(model, self.source.adapter, self.base.target)
         self.say(f"writing {self.output}")
         model.generation_config = self.served.generation_config()
         model.save_pretrained(self._merged, max_shard_size=SHARD)
@@ -164,7 +170,7 @@ class _Job:
         if self.tools is not None:
             self.say(f"converting to {self.options.quantization}")
             convert(self.tools, self._merged, self.folder / self.gguf, self.options.quantization, self.half)
-        return rounding, reading
+        return reading
 
     def _verify(
         self, found: Reference | None, reading: Reading | None, base_reading: Reading | None
@@ -183,7 +189,7 @@ class _Job:
         return compare(found, read(model, found.answers), self._precision(found), base_reading)
 
     def _load_back(self) -> Any:
-        """The written files, loaded as anybody loads them."""
+        """The written files, loaded by plain transformers."""
         arguments: dict[str, Any] = {"dtype": "auto"}
         if self.options.to == "gguf":
             arguments = {"dtype": self.base.target, "gguf_file": self.gguf}
@@ -196,7 +202,7 @@ class _Job:
         width = bits(self.options.quantization)
         gguf = {32: "float32", 16: "bfloat16" if self.options.quantization.lower() == "bf16" else "float16"}
         written = gguf.get(width, f"{width}-bit") if width and self.options.to == "gguf" else "float32"
-        return coarser(trained, written, str(self.base.target).removeprefix("torch."))
+        return coarser(trained, written, self.base.target_name)
 
     def _place(self) -> torch.device:
         """The device, where it has room for the merged weights; else the CPU."""
@@ -205,7 +211,7 @@ class _Job:
             return torch.device("cpu")
         return self.device
 
-    def _check_room(self) -> None:
+    def _check_space(self) -> None:
         needed = _SMALL_FILES
         if self.options.to == "adapter":
             needed += (self.source.adapter / "adapter_model.safetensors").stat().st_size
@@ -222,14 +228,14 @@ class _Job:
                 "room, or choose another disk with --output"
             )
 
-    def _facts(self, found: Reference | None, rounding: float | None, verification: Verification | str) -> Facts:
-        source, options = self.source, self.options
+    def _facts(self, found: Reference | None, verification: Verification | str) -> Facts:
+        source, kind = self.source, self.options.to
         dtype = found.dtype if found is not None else source.dtype
-        notes = [_NF4] if self.four_bit and options.to != "adapter" and options.onto == "original" else []
+        notes = [_NF4] if self.four_bit and kind != "adapter" and self.options.onto == "original" else []
         commands = {}
-        served_in = dtype if options.to == "adapter" else str(self.base.target).removeprefix("torch.")
-        vllm = vllm_command(options.to, self.output, source, self.base, served_in, self.served, self.four_bit)
-        if options.to == "gguf":
+        served_in = dtype if kind == "adapter" else self.base.target_name
+        vllm = vllm_command(kind, self.output, source, self.base, served_in, self.served, self.four_bit)
+        if kind == "gguf":
             context = source.config.max_prompt_length + source.config.max_completion_length
             file = self.output / self.gguf
             commands["llama.cpp"] = shlex.join(["llama-server", "-m", str(file), "--jinja", "-c", str(context)])
@@ -238,24 +244,20 @@ class _Job:
         else:
             notes.append(f"vLLM serves no adapters of rank {source.rank}: export --to merged-16bit")
         if commands:
-            commands["A first question"] = curl_command(source, self.served, 8080 if options.to == "gguf" else 8000)
-        origin, why = modelfile_origin(options.to, self.base, self.gguf)
-        if origin is None:
-            notes.append(why)
-        else:
-            template = ollama_template(self.served)
-            text = modelfile(origin, self.served, source, template, adapter=options.to == "adapter")
+            commands["A first question"] = curl_command(source, self.served, 8080 if kind == "gguf" else 8000)
+        if kind != "adapter":
+            text = modelfile(f"./{self.gguf}" if kind == "gguf" else ".", self.served, source)
             (self.folder / "Modelfile").write_text(text, encoding="utf-8")
             create = shlex.join(["ollama", "create", source.name, "-f", str(self.output / "Modelfile")])
             commands["Ollama"] = f"{create} && ollama run {shlex.quote(source.name)}"
-            if template is None:
+            if ollama_template(self.served) is None:
                 notes.append(
-                    "the Modelfile has no TEMPLATE, since none of ours makes this model's prompts exactly: Ollama "
-                    "takes one of its own, which may differ (ollama show --template)"
+                    "the Modelfile has no TEMPLATE, since this model's chat format is not ChatML: Ollama chooses one, "
+                    f"which may differ from the training's (ollama show --template {source.name})"
                 )
         trained_on = f"4 bits (NF4), computed in {dtype}" if self.four_bit else dtype
         return Facts(
-            source, options, self.base, self.served, trained_on, rounding, verification, self.output, commands, notes
+            source, self.options, self.base, self.served, trained_on, verification, self.output, commands, notes
         )
 
 

@@ -30,7 +30,6 @@ class Base:
         revision: of a hub model; only the run's own model has the run's.
         commit: what the hub gave for it; unset for a folder.
         parameters: how many; tied ones count once.
-        family: ``model_type`` of its configuration.
         dtype: that its weights are stored in.
         target: that merged ones get.
         quantized: it holds 4-bit weights only.
@@ -41,10 +40,13 @@ class Base:
     revision: str | None
     commit: str | None
     parameters: int
-    family: str
     dtype: torch.dtype
     target: torch.dtype
     quantized: bool
+
+    @property
+    def target_name(self) -> str:
+        return str(self.target).removeprefix("torch.")
 
     @property
     def merged_bytes(self) -> int:
@@ -93,7 +95,6 @@ def _read(name: str, revision: str | None, options: Options) -> Base:
         revision=revision,
         commit=getattr(config, "_commit_hash", None),
         parameters=sum(p.numel() for p in model.parameters()),
-        family=config.model_type,
         dtype=stored,
         target=target,
         quantized=getattr(config, "quantization_config", None) is not None,
@@ -122,12 +123,8 @@ def load_base(base: Base, source: Source, options: Options, device: torch.device
 
 
 @torch.no_grad()
-def merge(model: Any, adapter: Path, target: torch.dtype) -> tuple[Any, float]:
-    """Add an adapter into a model and give its weights their final type.
-
-    Returns:
-        The model, changed in place, and how far the rounding moved the adapted weights, in units of how far the adapter
-        did (Euclidean norms).
+def merge(model: Any, adapter: Path, target: torch.dtype) -> Any:
+    """Add an adapter into a model, in place and in float32, and give its weights their final type.
 
     Raises:
         ModelError: the adapter does not fit.
@@ -137,7 +134,6 @@ def merge(model: Any, adapter: Path, target: torch.dtype) -> tuple[Any, float]:
     except (OSError, RuntimeError, ValueError, KeyError, TypeError) as error:
         raise ModelError(f"adapter {adapter} does not fit the base: {_first_line(error)}") from error
     embeddings = {id(module.weight) for module in adapted.modules() if isinstance(module, nn.Embedding)}
-    moved = rounded = 0.0
     for name, module in adapted.named_modules():
         if not isinstance(module, LoraLayer):
             continue
@@ -145,14 +141,8 @@ def merge(model: Any, adapter: Path, target: torch.dtype) -> tuple[Any, float]:
         if not isinstance(linear, (nn.Linear, Conv1D)) or id(linear.weight) in embeddings:
             raise ModelError(f"adapter {adapter}: {name} is no linear layer with weights of its own; cannot be merged")
         delta = module.get_delta_weight("default").float()
-        exact = linear.weight.float() + delta
-        final = exact.to(target)
-        moved += float(delta.square().sum())
-        rounded += float((final.float() - exact).square().sum())
-        linear.weight.data = final
-    plain: Any = adapted.unload()
-    plain.to(target)
-    return plain, (rounded / moved) ** 0.5 if moved else 0.0
+        linear.weight.data = (linear.weight.float() + delta).to(target)
+    return adapted.unload().to(target)
 
 
 def _first_line(error: BaseException) -> str:
