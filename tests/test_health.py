@@ -10,7 +10,6 @@ from collections.abc import Iterable
 from itertools import pairwise
 from typing import Any
 
-import psutil
 import pytest
 
 from igrpo_lite.config import RunConfig

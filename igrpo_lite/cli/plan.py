@@ -167,8 +167,8 @@ def _times(made: Plan) -> Iterator[str]:
         return
     yield ""
     yield (
-        f"about {time.step:.0f} s a step (rollout {time.rollout:.0f}, update {time.update:.0f}), {time.total / 3600:.1f} "
-        f"h for {time.steps} steps, with completions of {time.completion} tokens on average"
+        f"about {time.step:.0f} s a step (rollout {time.rollout:.0f}, update {time.update:.0f}), "
+        f"{time.total / 3600:.1f} h for {time.steps} steps, with completions of {time.completion} tokens on average"
     )
     yield "a rough estimate from the GPU's nominal speed: a run may take half or twice as long"
 

@@ -62,8 +62,8 @@ def export(source: Source, options: Options, on_progress: Callable[[str], None] 
         on_progress: called with a few words before each long step.
 
     Raises:
-        UserError: an unknown base, missing tools or too little disk space, before anything heavy is loaded; later a model
-            that cannot be loaded, a full disk or a failing converter. Nothing is left behind then.
+        UserError: an unknown base, missing tools or too little disk space, before a model is loaded; later a model that
+            cannot be loaded, a full disk or a failing converter. Nothing is left behind then.
     """
     transformers_logging.disable_progress_bar()
     transformers_logging.set_verbosity_error()

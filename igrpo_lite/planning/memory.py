@@ -256,9 +256,7 @@ def engine_memory(
 def _vllm(setup: Setup, sequences: int, prompt_tokens: int) -> dict[str, int]:
     """:func:`engine_memory` of a plan."""
     shape, item, rank = setup.shape, setup.item, setup.config.lora_r
-    return engine_memory(
-        shape, item, setup.four_bit, rank=rank, max_num_seqs=sequences, prompt_tokens=prompt_tokens
-    )
+    return engine_memory(shape, item, setup.four_bit, rank=rank, max_num_seqs=sequences, prompt_tokens=prompt_tokens)
 
 
 def _engine(setup: Setup) -> dict[str, int]:

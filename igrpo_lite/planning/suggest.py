@@ -47,9 +47,7 @@ def suggest(
         keep: settings that must stay, because the user set them.
         four_bit, unsloth, releases_kv, completion: as for :func:`igrpo_lite.planning.plan.plan`.
     """
-    given = plan(
-        config, model, gpu, four_bit=four_bit, unsloth=unsloth, releases_kv=releases_kv, completion=completion
-    )
+    given = plan(config, model, gpu, four_bit=four_bit, unsloth=unsloth, releases_kv=releases_kv, completion=completion)
     knobs = dict(_knobs(given, keep))
     tries = [_attempt(given, dict(zip(knobs, values, strict=True))) for values in product(*knobs.values())]
     fitting = [made for made in tries if made.share <= SAFE] or [made for made in tries if made.verdict == "fits"]

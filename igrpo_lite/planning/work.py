@@ -102,7 +102,7 @@ def longest(config: RunConfig) -> Lengths:
 
 
 def typical(config: RunConfig, completion: int | None = None) -> Lengths:
-    """What to expect on average: a quarter of ``max_prompt_length`` and, if unset, half of ``max_completion_length``."""
+    """What to expect on average: a quarter of ``max_prompt_length``, and if unset half of ``max_completion_length``."""
     most = longest(config)
     completion = min(completion or most.completion // 2, most.completion)
     return Lengths(max(1, most.prompt // 4), min(most.draft, completion), completion)
