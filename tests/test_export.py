@@ -305,7 +305,7 @@ def test_an_unknown_base_and_a_full_disk_leave_nothing_behind(tmp_path, capsys):
     (huge / "config.json").write_text(json.dumps(shape))
     words = ["--to", "merged-16bit", "--adapter", "last", "--base", str(huge), *output]
     assert main(["export", str(short_run()), *words]) == 2
-    assert "GiB are free; make room, or choose another disk with --output" in capsys.readouterr().err
+    assert "GiB are free; free space, or choose another disk with --output" in capsys.readouterr().err
     assert not (tmp_path / "out").exists()
 
 

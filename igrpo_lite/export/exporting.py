@@ -18,7 +18,7 @@ from transformers.utils import logging as transformers_logging
 from igrpo_lite.errors import ConfigError, RunFolderError, UserError
 from igrpo_lite.export.card import Facts, card, record
 from igrpo_lite.export.gguf import convert, file_bytes, find_tools
-from igrpo_lite.export.merging import SHARD, load_base, merge, merge_base, own_base
+from igrpo_lite.export.merging import load_base, merge, merge_base, own_base
 from igrpo_lite.export.serving import (
     Served,
     curl_command,
@@ -163,7 +163,7 @@ class _Job:
         model = merge(model, self.source.adapter, self.base.target)
         self.say(f"writing {self.output}")
         model.generation_config = self.served.generation_config()
-        model.save_pretrained(self._merged, max_shard_size=SHARD)
+        model.save_pretrained(self._merged, max_shard_size="5GB")
         self._write_tokenizer(self._merged)
         del model
         _free()
@@ -205,7 +205,7 @@ class _Job:
         return coarser(trained, written, self.base.target_name)
 
     def _place(self) -> torch.device:
-        """The device, where it has room for the merged weights; else the CPU."""
+        """The device, where the merged weights fit; else the CPU."""
         if self.device.type == "cuda" and torch.cuda.mem_get_info(self.device)[0] < 1.2 * self.base.merged_bytes:
             self.say("on the CPU, for lack of GPU memory")
             return torch.device("cpu")
@@ -224,8 +224,8 @@ class _Job:
         free = shutil.disk_usage(there).free
         if free < needed:
             raise RunFolderError(
-                f"the export needs {needed / 2**30:.1f} GiB in {there}, where {free / 2**30:.1f} GiB are free; make "
-                "room, or choose another disk with --output"
+                f"the export needs {needed / 2**30:.1f} GiB in {there}, where {free / 2**30:.1f} GiB are free; free "
+                "space, or choose another disk with --output"
             )
 
     def _facts(self, found: Reference | None, verification: Verification | str) -> Facts:

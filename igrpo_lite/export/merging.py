@@ -18,8 +18,6 @@ from igrpo_lite.export.source import Options, Source
 from igrpo_lite.planning.models import MODELS
 from igrpo_lite.policy.loading import load_policy, model_path
 
-SHARD = "5GB"
-
 
 @dataclass(frozen=True, slots=True)
 class Base:

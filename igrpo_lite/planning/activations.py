@@ -10,7 +10,7 @@ heads, ``r`` the rank:
   and ``b f`` before their last layers; B keeps what A made: ``b r``;
 * the MLP keeps the gate before and after its activation, and the other factor: ``3 b f``;
 * attention keeps queries, keys, values, its output and a sum by head: ``2 b q + 2 b k + 4 heads``; ``4 b q`` where it
-  copies keys and values; in trees those of a trunk stand once for the trunk and once more for each of its branches;
+  copies shared keys and values; in trees those of a trunk count once for it and once for each of its branches;
 * frozen weights keep nothing, and neither do sums, rotations (but their angles) or casts, except those of the adapter's
   own weights.
 """

@@ -157,12 +157,12 @@ class Phase:
 
 def phases(setup: Setup) -> tuple[Phase, ...]:
     """Load, rollout and update, each at its fullest moment."""
-    adapter, weights = setup.adapter.parameters, setup.weight_bytes
-    working = _sampling(setup)
-    engine = _engine(setup)
-    kv, own = setup.kv_cache_bytes, 0 if setup.config.share_weights or not setup.vllm else weights
+    adapter, weights, kv = setup.adapter.parameters, setup.weight_bytes, setup.kv_cache_bytes
     unpacked = _unpacked(setup.shape, setup.item, setup.four_bit)
-    asleep = {"KV cache": 0 if setup.releases_kv or own else kv} if setup.vllm else {}
+    engine = _engine(setup) if setup.vllm else {}
+    working = engine.pop("working memory") if setup.vllm else _sampling(setup) + unpacked
+    own = weights if setup.vllm and not setup.config.share_weights else 0
+    asleep = {"KV cache": kv} if setup.vllm and not (setup.releases_kv or own) else {}
     found = activations(
         setup.shape,
         setup.adapter,
@@ -240,41 +240,55 @@ def _phase(
 
 
 def engine_memory(
-    shape: Shape, item: int, four_bit: bool, *, rank: int, max_num_seqs: int, prompt_tokens: int = PREFILL
+    shape: Shape,
+    item: int,
+    four_bit: bool,
+    *,
+    rank: int,
+    max_num_seqs: int,
+    sequences: int | None = None,
+    prompt_tokens: int = PREFILL,
 ) -> dict[str, int]:
     """Bytes that vLLM takes beside weights and KV cache: its copy of the adapter, for every layer that could have one,
-    its CUDA graphs, and working memory for the prompts' forward pass or for drawing tokens, whichever is more."""
+    its CUDA graphs, and working memory for the prompts' forward pass or for drawing tokens, whichever is more.
+
+    Args:
+        sequences: decoded at once; unset: ``max_num_seqs``.
+    """
     slot = next((known for known in LORA_RANKS if known >= rank), LORA_RANKS[-1])
     prompts = prompt_tokens * item * (4 * shape.hidden + 3 * shape.intermediate)
+    drawing = (sequences or max_num_seqs) * shape.vocab * LOGITS["vllm"]
     return {
         "vLLM's LoRA": shape.lora_parameters(slot) * item,
         "graphs": captured_graphs(max_num_seqs) * GRAPH,
-        "working memory": max(prompts, max_num_seqs * shape.vocab * LOGITS["vllm"]) + _unpacked(shape, item, four_bit),
+        "working memory": max(prompts, drawing) + _unpacked(shape, item, four_bit),
     }
 
 
-def _vllm(setup: Setup, sequences: int, prompt_tokens: int) -> dict[str, int]:
-    """:func:`engine_memory` of a plan."""
-    shape, item, rank = setup.shape, setup.item, setup.config.lora_r
-    return engine_memory(shape, item, setup.four_bit, rank=rank, max_num_seqs=sequences, prompt_tokens=prompt_tokens)
-
-
 def _engine(setup: Setup) -> dict[str, int]:
-    """What vLLM holds all the time, beside weights and KV cache."""
-    parts = _vllm(setup, setup.config.max_num_seqs, PREFILL) if setup.vllm else {}
-    return {part: size for part, size in parts.items() if part != "working memory"}
+    """:func:`engine_memory` of a plan; vLLM runs more prompt tokens at once on the largest GPUs."""
+    large = setup.gpu.memory_gib >= 70 and "a100" not in setup.gpu.name.lower()
+    return engine_memory(
+        setup.shape,
+        setup.item,
+        setup.four_bit,
+        rank=setup.config.lora_r,
+        max_num_seqs=setup.config.max_num_seqs,
+        sequences=_sequences(setup),
+        prompt_tokens=(2 if large else 1) * PREFILL,
+    )
 
 
 def _sampling(setup: Setup) -> int:
-    """Working memory of sampling: the prompts' forward pass, or drawing tokens, whichever is more."""
-    shape, item, config = setup.shape, setup.item, setup.config
-    sequences = min(config.max_num_seqs, max(config.eval_size, config.prompts_per_step * config.num_generations))
-    if setup.vllm:
-        large = setup.gpu.memory_gib >= 70 and "a100" not in setup.gpu.name.lower()
-        return _vllm(setup, sequences, (2 if large else 1) * PREFILL)["working memory"]
-    width = min(longest(config).refined, setup.sequence_tokens)
-    prompts = max(PREFILL, width) * prompt_working(shape, item)
-    return max(prompts, sequences * shape.vocab * LOGITS["transformers"]) + _unpacked(shape, item, setup.four_bit)
+    """Working memory of the transformers sampler: the prompts' forward pass, or drawing tokens, whichever is more."""
+    width = min(longest(setup.config).refined, setup.sequence_tokens)
+    prompts = max(PREFILL, width) * prompt_working(setup.shape, setup.item)
+    return max(prompts, _sequences(setup) * setup.shape.vocab * LOGITS["transformers"])
+
+
+def _sequences(setup: Setup) -> int:
+    config = setup.config
+    return min(config.max_num_seqs, max(config.eval_size, config.prompts_per_step * config.num_generations))
 
 
 def _unpacked(shape: Shape, item: int, four_bit: bool) -> int:

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import re
 from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
@@ -24,6 +23,7 @@ from igrpo_lite.checks import weight_findings
 from igrpo_lite.config import ModelOptions
 from igrpo_lite.environment.hardware import dtype_for
 from igrpo_lite.errors import ModelError
+from igrpo_lite.planning.memory import adapted_layers
 from igrpo_lite.policy.backends import LoadRequest, Name, enter, model_path
 from igrpo_lite.policy.heads import check_split, is_causal
 
@@ -143,12 +143,9 @@ def linear_names(model: Any) -> list[str]:
 
 def adapter_layers(spec: str, num_layers: int) -> list[int] | None:
     """Indices of the layers that ``lora_layers`` names; ``None`` for all of them."""
-    part = re.split("[ -]", spec)[-1]
-    if part == "all":
+    if spec == "all":
         return None
-    shares = {"half": 2, "third": 3, "quarter": 4}
-    count = round(num_layers / shares[part]) if part in shares else int(part)
-    return list(range(max(0, num_layers - max(1, count)), num_layers))
+    return list(range(num_layers - adapted_layers(spec, num_layers), num_layers))
 
 
 def saved_adapter(model: Any, folder: Path) -> PeftModel:

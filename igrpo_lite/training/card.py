@@ -58,7 +58,7 @@ def gpu_in_use(config: RunConfig) -> Gpu | None:
 
 
 def without(gpu: Gpu, taken: int) -> Gpu:
-    """The GPU less ``taken`` bytes, which a desktop or another program holds. Less than 5 % is ignored, since CUDA's own
+    """The GPU less ``taken`` bytes, which a desktop or another program holds. Less than 5 % is ignored: CUDA's own
     part depends on the driver."""
     return gpu if taken < gpu.memory_bytes / 20 else replace(gpu, memory_gib=gpu.memory_gib - taken / GIB)
 
