@@ -250,7 +250,7 @@ def test_vllm_takes_every_argument_of_a_gpu(monkeypatch, shares):
     )  # fmt: skip
     kind = vllm_engine._kind_of_sleep(LLM, options)
     assert kind == ("kv" if shares else "all")
-    room = vllm_engine.kv_cache_bytes(options, Qwen2Config.from_pretrained(MODEL_DIR), given_back=True)
+    room = vllm_engine.kv_cache_bytes(options, Qwen2Config.from_pretrained(MODEL_DIR), released=True)
     assert 0 < room <= 0.6 * 7 * 2**30
     asked = vllm_engine._arguments(options, room, kind != "no")
     asked.pop("use_tqdm_on_load")  # the rest of LLM's own
