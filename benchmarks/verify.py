@@ -20,9 +20,9 @@ from typing import Any
 
 from measuring import paired, provenance, shown, spread, take_turns, write_json
 
-from igrpo_lite.rewards import forms, quantities
-from igrpo_lite.rewards.answers import Reason
-from igrpo_lite.rewards.checker import AnswerChecker
+from igrpo_lite.answers import forms, quantities
+from igrpo_lite.answers.answers import Reason
+from igrpo_lite.answers.checker import AnswerChecker
 
 PAIRS = Path(__file__).resolve().parents[1] / "tests" / "data" / "hard_pairs.jsonl"
 Item = tuple[str, str, bool]

@@ -15,8 +15,8 @@ from collections.abc import Sequence
 from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
+    from igrpo_lite.answers.answers import Verdict
     from igrpo_lite.config import RunConfig
-    from igrpo_lite.rewards.answers import Verdict
     from igrpo_lite.settings import resolve
 
 __version__ = "0.1.0"
@@ -43,11 +43,11 @@ def train(**settings: Any) -> dict[str, Any]:
 def verify(text: str | None, gold: str | float | None, truncated: bool = False) -> Verdict:
     """Judge a completion's text against a gold answer, or against a solution that holds one.
 
-    See :mod:`igrpo_lite.rewards.answers` for where the answer is looked for and :mod:`igrpo_lite.rewards.equality` for
+    See :mod:`igrpo_lite.answers.answers` for where the answer is looked for and :mod:`igrpo_lite.answers.equality` for
     what counts as equal. ``verify(...).reason == "correct"`` is the question mostly asked. No text holds no answer,
     and against no gold answer nothing can be judged (``unparsed``).
     """
-    from igrpo_lite.rewards.checker import verify as judge
+    from igrpo_lite.answers.checker import verify as judge
 
     return judge("" if text is None else str(text), "" if gold is None else str(gold), truncated)
 

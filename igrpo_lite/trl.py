@@ -19,10 +19,10 @@ from typing import Any, ClassVar, Literal
 from packaging.version import Version
 
 from igrpo_lite.algorithms.drafts import DraftChoice, choose_draft
+from igrpo_lite.answers.answers import find_answer
 from igrpo_lite.config import PromptOptions, RolloutOptions
 from igrpo_lite.errors import ConfigError, UserError
 from igrpo_lite.prompts import STAGE2_TEMPLATES, read_text_or_file, template_findings
-from igrpo_lite.rewards.answers import find_answer
 from igrpo_lite.rewards.findings import foreign_findings
 from igrpo_lite.types import Completion, Score
 

@@ -68,7 +68,7 @@ class Score:
         reward: weighted sum of the parts; the one scalar that chooses drafts and makes advantages.
             ``None`` when no part applied (the completion is then left out of its group).
         parts: reward of each function by name, before weighting; ``None`` where it abstained.
-        reason: verdict on the answer, see :class:`igrpo_lite.rewards.answers.Verdict`: ``correct``, ``wrong``,
+        reason: verdict on the answer, see :class:`igrpo_lite.answers.answers.Verdict`: ``correct``, ``wrong``,
             ``no_answer``, ``unparsed``, ``several_answers``, ``truncated`` (cut off before any answer) or ``timeout``.
         answer: the answer that was found, as text, if any.
         extras: what rewards logged of the completion, JSON values by ``REWARD/COLUMN``.

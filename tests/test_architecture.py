@@ -11,7 +11,8 @@ from pathlib import Path
 PACKAGE = Path(__file__).parents[1] / "igrpo_lite"
 FLOORS = [
     {"types", "errors", "versions"},
-    {"config", "defaults", "environment", "prompts"},
+    {"config", "defaults", "environment", "prompts", "worker"},
+    {"answers"},
     {"fields", "planning", "problems", "rewards"},
     {"tiny"},
     {"checks", "recipe_file", "retired"},

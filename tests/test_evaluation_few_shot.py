@@ -10,13 +10,13 @@ from real_data import real_data
 from tiny_parts import small_config
 from transformers import AutoTokenizer
 
+from igrpo_lite.answers.answers import verdict
 from igrpo_lite.cli import main
 from igrpo_lite.errors import DataError
 from igrpo_lite.evaluation.compare import compare
 from igrpo_lite.evaluation.few_shot import worked_examples, worked_solution
 from igrpo_lite.problems.loading import load_problems
 from igrpo_lite.prompts import STAGE2_TEMPLATES, SYSTEM_PROMPTS, PromptBuilder
-from igrpo_lite.rewards.answers import gold_answer, verdict
 from igrpo_lite.tiny import MODEL_DIR
 from igrpo_lite.types import Problem
 
@@ -54,7 +54,7 @@ def test_without_a_chat_template_an_example_looks_like_what_follows():
 @pytest.mark.parametrize("style", ["boxed", "tags"])
 def test_examples_from_gsm8k(style):
     config = small_config(data=str(real_data("gsm8k_train.jsonl")), eval_size=100, max_problems=None)
-    problems = load_problems(config, 0, gold_answer).train
+    problems = load_problems(config, 0).train
     shots = worked_examples(problems, 8, style)
     assert len(set(shots)) == 8
     assert worked_examples(random.Random(1).sample(problems, len(problems)), 3, style) == shots[:3]

@@ -13,10 +13,10 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
+from igrpo_lite.answers.answers import MAX_SHOWN, Verdict
+from igrpo_lite.answers.checker import AnswerChecker
 from igrpo_lite.evaluation.intervals import bootstrap, mcnemar, mean_estimate, paired_change, wilson
 from igrpo_lite.evaluation.statistics import compared, majority, pass_at_k, powers_of_two
-from igrpo_lite.rewards.answers import MAX_SHOWN, Verdict
-from igrpo_lite.rewards.checker import AnswerChecker
 
 
 @pytest.mark.parametrize(("successes", "n"), [(0, 10), (5, 10), (10, 10), (1, 7), (120, 200), (1319, 1319)])

@@ -17,12 +17,11 @@ from igrpo_lite.config import DataOptions
 from igrpo_lite.errors import DataError
 from igrpo_lite.problems.decontamination import split_known, whole_key, words
 from igrpo_lite.problems.loading import ProblemSets, load_problems
-from igrpo_lite.rewards.answers import gold_answer
 from igrpo_lite.types import Problem
 
 
 def load(**options: Any) -> ProblemSets:
-    return load_problems(DataOptions(**options), 0, gold_answer)
+    return load_problems(DataOptions(**options), 0)
 
 
 def write(path: Path, questions: list[str]) -> str:

@@ -22,7 +22,6 @@ from igrpo_lite.config import DataOptions
 from igrpo_lite.errors import DataError
 from igrpo_lite.problems.hub import read_hub
 from igrpo_lite.problems.loading import load_problems
-from igrpo_lite.rewards.answers import gold_answer
 
 work = Path(sys.argv[1])
 
@@ -44,7 +43,7 @@ def cache(repo, config, folder):
 
 def load(options):
     try:
-        sets = load_problems(DataOptions(**options), 0, gold_answer)
+        sets = load_problems(DataOptions(**options), 0)
     except DataError as error:
         return {"problems": error.problems}
     problems = [[[p.id, p.question, p.answer, sorted(p.columns)] for p in part] for part in (sets.train, sets.held_out)]

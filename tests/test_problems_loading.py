@@ -21,12 +21,11 @@ from igrpo_lite.problems import synthetic
 from igrpo_lite.problems.hub import explain
 from igrpo_lite.problems.loading import ProblemSets, load_problems, question_key
 from igrpo_lite.problems.sources import data_findings
-from igrpo_lite.rewards.answers import gold_answer
 from igrpo_lite.types import Problem
 
 
 def load(seed: int = 0, **options: Any) -> ProblemSets:
-    return load_problems(DataOptions(**options), seed, gold_answer)
+    return load_problems(DataOptions(**options), seed)
 
 
 def refused(**options: Any) -> list[str]:
@@ -332,7 +331,6 @@ from igrpo_lite.config import DataOptions
 from igrpo_lite.errors import DataError
 from igrpo_lite.problems.loading import load_problems
 from igrpo_lite.problems.sources import data_findings
-from igrpo_lite.rewards.answers import gold_answer
 
 work = Path(sys.argv[1])
 results = []
@@ -353,7 +351,7 @@ info = json.loads((cached / "dataset_info.json").read_text())
 
 for options in json.loads(sys.argv[2]):
     try:
-        sets = load_problems(DataOptions(**options), 0, gold_answer)
+        sets = load_problems(DataOptions(**options), 0)
         ids = [[problem.id for problem in part] for part in (sets.train, sets.held_out)]
         results.append({"ids": ids, "lines": sets.report.lines(), "answer": sets.train[0].answer})
     except DataError as error:

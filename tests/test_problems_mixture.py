@@ -17,12 +17,11 @@ from igrpo_lite.errors import DataError
 from igrpo_lite.problems import synthetic
 from igrpo_lite.problems.loading import ProblemSets, load_problems
 from igrpo_lite.problems.mixture import shares
-from igrpo_lite.rewards.answers import gold_answer
 from igrpo_lite.types import Problem
 
 
 def load(seed: int = 0, **options: Any) -> ProblemSets:
-    return load_problems(DataOptions(**options), seed, gold_answer)
+    return load_problems(DataOptions(**options), seed)
 
 
 def write(path: Path, rows: list[Any]) -> str:

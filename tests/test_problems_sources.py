@@ -14,15 +14,14 @@ from real_data import real_data
 from igrpo_lite.cli import main
 from igrpo_lite.config import DataOptions, RunConfig
 from igrpo_lite.errors import DataError
-from igrpo_lite.problems.answers import read_gold
+from igrpo_lite.problems.gold import read_gold
 from igrpo_lite.problems.loading import ProblemSets, load_problems, load_source
 from igrpo_lite.problems.registry import PUBLIC_SETS, find_id, find_set
 from igrpo_lite.problems.sources import data_findings, held_out_sources, parse, short_name, train_sources
-from igrpo_lite.rewards.answers import gold_answer
 
 
 def load(seed: int = 0, **options: Any) -> ProblemSets:
-    return load_problems(DataOptions(**options), seed, gold_answer)
+    return load_problems(DataOptions(**options), seed)
 
 
 def write(path: Path, rows: list[Any]) -> Path:
@@ -170,7 +169,7 @@ FILES = {
 def test_real_sets_load_whole_with_every_gold_answer(file: str) -> None:
     name, count = FILES[file]
     options = DataOptions(data=f"{name}={real_data(file)}")
-    problems, report = load_source(train_sources(options)[0], options, gold_answer)
+    problems, report = load_source(train_sources(options)[0], options)
     assert (report.rows, len(problems), report.unparsed, report.duplicates) == (count, count, 0, 0)
     rows = real_data(file).read_text(encoding="utf-8")
     table = json.loads(rows) if file.endswith(".json") else [json.loads(line) for line in rows.splitlines()]
@@ -256,7 +255,7 @@ def test_a_clone_from_the_hub_and_its_shards(tmp_path: Path) -> None:
     ],
 )
 def test_forms_of_answers(value: Any, form: Any, expected: str | None) -> None:
-    assert read_gold(value, form, gold_answer) == expected
+    assert read_gold(value, form) == expected
 
 
 def test_copies_with_other_columns(tmp_path: Path) -> None:
@@ -279,7 +278,7 @@ def test_copies_with_other_columns(tmp_path: Path) -> None:
 
 def noted(expected: str, **settings: Any) -> bool:
     config = RunConfig(**settings)
-    return any(expected in line for line in load_problems(config, 0, gold_answer).report.lines())
+    return any(expected in line for line in load_problems(config, 0).report.lines())
 
 
 def test_notes_of_public_sets(tmp_path: Path) -> None:

@@ -12,9 +12,9 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from real_data import real_data
 
-from igrpo_lite.rewards.answers import MAX_SHOWN, Found, Reason, find_answer, gold_answer, verdict
-from igrpo_lite.rewards.equality import same_answer
-from igrpo_lite.rewards.quantities import parse_number, parse_quantity
+from igrpo_lite.answers.answers import MAX_SHOWN, Found, Reason, find_answer, gold_answer, verdict
+from igrpo_lite.answers.equality import same_answer
+from igrpo_lite.answers.quantities import parse_number, parse_quantity
 
 SAME = [
     ("18", "18.0"),

@@ -12,9 +12,9 @@ from reward_parts import PROBLEM, PROMPT, RIGHT, WRONG, Make, completion
 from igrpo_lite.config import RunConfig
 from igrpo_lite.errors import RewardError
 from igrpo_lite.rewards.builtin import format_reward, opens_thinking
-from igrpo_lite.rewards.custom import find_function_error
 from igrpo_lite.rewards.scorer import Scorer, reward_findings
 from igrpo_lite.types import Problem, Prompt
+from igrpo_lite.worker.functions import find_function_error
 
 # Built-in rewards
 

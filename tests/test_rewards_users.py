@@ -14,8 +14,8 @@ import pytest
 from reward_parts import PROBLEM, PROMPT, RIGHT, WRONG, Make, completion, parts
 
 from igrpo_lite.errors import RewardError
-from igrpo_lite.rewards.custom import checked_values
-from igrpo_lite.rewards.worker import Worker
+from igrpo_lite.worker.functions import checked_values
+from igrpo_lite.worker.process import Worker
 
 # Users' functions that work
 
@@ -277,7 +277,7 @@ def test_it_works_without_a_main_file_and_dies_with_its_parent(tmp_path: Path, k
     program = textwrap.dedent(
         """
         import os
-        from igrpo_lite.rewards.worker import Worker
+        from igrpo_lite.worker.process import Worker
         worker = Worker()
         values = worker.call("mine.py:reward", {"completions": ["a"]}, 1, 10.0).returned.values
         assert values == [2.0], values

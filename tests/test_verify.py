@@ -19,9 +19,9 @@ from hypothesis import Phase, example, given, settings
 from hypothesis import strategies as st
 
 import igrpo_lite
-from igrpo_lite.rewards.answers import EXPLICIT, Reason, verdict
-from igrpo_lite.rewards.checker import AnswerChecker
-from igrpo_lite.rewards.opinion import MEMORY, equivalent
+from igrpo_lite.answers.answers import EXPLICIT, Reason, verdict
+from igrpo_lite.answers.checker import AnswerChecker
+from igrpo_lite.answers.opinion import MEMORY, equivalent
 
 TESTS = Path(__file__).resolve().parent
 HARD = [json.loads(line) for line in (TESTS / "data" / "hard_pairs.jsonl").read_text(encoding="utf-8").splitlines()]
@@ -196,7 +196,7 @@ def test_it_works_without_math_verify():
 
 def test_the_interpreter_ends_while_an_opinion_is_due():
     script = (
-        "import sys, threading, time, igrpo_lite.rewards.checker as c\n"
+        "import sys, threading, time, igrpo_lite.answers.checker as c\n"
         "checker = c.AnswerChecker(timeout=30.0, workers=1)\n"
         "ask = lambda *pair: checker.judge([(*pair, False)])\n"
         "ask(r'\\boxed{1+x}', 'x+1')\n"

@@ -11,7 +11,7 @@ import hashlib
 from collections.abc import Sequence
 from typing import Any
 
-from igrpo_lite.rewards.answers import verdict
+from igrpo_lite.answers.answers import verdict
 
 FLIPPED = {"noisy_05": 0.05, "noisy_10": 0.10, "noisy_20": 0.20, "noisy_30": 0.30}
 """Share of texts whose verdict is turned round, by the name of the reward."""

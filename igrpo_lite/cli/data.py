@@ -54,14 +54,13 @@ def show(
     config = checked(None, settings | UNTRAINED | {"data": source})
     from igrpo_lite.problems.loading import load_source
     from igrpo_lite.problems.sources import train_sources
-    from igrpo_lite.rewards.answers import gold_answer
 
     findings: list[str] = []
     for part in train_sources(config):
         large = part.known is not None and part.known.large and config.stream_rows is None
         options = config.model_copy(update={"stream_rows": _STREAMED}) if large and part.kind == "hub" else config
         try:
-            problems, report = load_source(part, options, gold_answer)
+            problems, report = load_source(part, options)
         except DataError as error:
             findings += error.problems
             continue

@@ -33,9 +33,8 @@ def show_prompt(
     resolved = checked(config, settings | UNTRAINED)
     from igrpo_lite.policy.prompting import prompt_builder
     from igrpo_lite.problems.loading import load_problems
-    from igrpo_lite.rewards.answers import gold_answer
 
-    problems = load_problems(resolved, resolved.seed, gold_answer).train
+    problems = load_problems(resolved, resolved.seed).train
     if not 0 <= row < len(problems):
         raise DataError(f"--row {row}: there are {len(problems)} problems, numbered from 0")
     prompts = prompt_builder(resolved)

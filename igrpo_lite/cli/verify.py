@@ -15,8 +15,8 @@ from igrpo_lite.cli.flags import COMMAND
 from igrpo_lite.errors import DataError, UserError
 
 if TYPE_CHECKING:
+    from igrpo_lite.answers.answers import Verdict
     from igrpo_lite.problems.files import Row, Table
-    from igrpo_lite.rewards.answers import Verdict
 
 DISAGREEMENT = 3
 MAX_LISTED = 50
@@ -85,9 +85,9 @@ def _check_columns(table: Table, wanted: dict[str, str | None]) -> None:
 
 
 def _judge(table: Table, completion: str, answer: str, expect: str | None, math_verify: bool) -> list[_Judged]:
+    from igrpo_lite.answers.answers import gold_answer
+    from igrpo_lite.answers.checker import AnswerChecker
     from igrpo_lite.problems.columns import answer_text
-    from igrpo_lite.rewards.answers import gold_answer
-    from igrpo_lite.rewards.checker import AnswerChecker
 
     findings: list[str] = []
     texts, golds, expected = [], [], []
@@ -129,7 +129,7 @@ def _show(judged: list[_Judged], expect: str | None) -> None:
     from rich.table import Table as Grid
     from rich.text import Text
 
-    from igrpo_lite.rewards.answers import EXPLICIT
+    from igrpo_lite.answers.answers import EXPLICIT
 
     console, total = Console(), len(judged)
     grid = Grid("verdict", box=None, pad_edge=False)

@@ -7,6 +7,7 @@ from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
 
+from igrpo_lite.answers.checker import AnswerChecker
 from igrpo_lite.config import RunConfig
 from igrpo_lite.errors import ConfigError, DataError
 from igrpo_lite.evaluation.evaluate import Answered, Evaluation, Sampling, evaluate
@@ -16,8 +17,6 @@ from igrpo_lite.policy.loading import load_policy
 from igrpo_lite.policy.prompting import check_context, fitting, prompt_builder
 from igrpo_lite.problems.loading import ProblemSets, load_problems
 from igrpo_lite.prompts import PromptBuilder
-from igrpo_lite.rewards.answers import gold_answer
-from igrpo_lite.rewards.checker import AnswerChecker
 from igrpo_lite.sampling.choice import make_sampler
 from igrpo_lite.types import Problem
 
@@ -110,7 +109,7 @@ def compare(
 
 def _held_out(config: RunConfig, shots: int) -> tuple[list[Problem], PromptBuilder, int, list[str]]:
     """The problems, their prompts, the longest prompt, draft and completion together, and notes for the user."""
-    sets = load_problems(config, config.seed, gold_answer)
+    sets = load_problems(config, config.seed)
     examples = worked_examples(sets.train, shots, config.answer_style, config.answer_column) if shots else ()
     prompts = prompt_builder(config)
     # Without the examples, so that the problems are the same however many there are.

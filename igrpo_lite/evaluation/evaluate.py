@@ -12,11 +12,11 @@ from collections.abc import Callable, Iterable, Sequence
 from dataclasses import asdict, dataclass
 from typing import Any, Literal, NamedTuple
 
+from igrpo_lite.answers.answers import EXPLICIT, Verdict, verdict
+from igrpo_lite.answers.checker import AnswerChecker
 from igrpo_lite.evaluation.intervals import mean_estimate, wilson
 from igrpo_lite.evaluation.statistics import Judge, compared, majority, pass_at_k, powers_of_two
 from igrpo_lite.prompts import PromptBuilder
-from igrpo_lite.rewards.answers import EXPLICIT, Verdict, verdict
-from igrpo_lite.rewards.checker import AnswerChecker
 from igrpo_lite.sampling.base import Request, Sampler, request_seed
 from igrpo_lite.types import Completion, Problem
 

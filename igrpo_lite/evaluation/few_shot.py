@@ -6,10 +6,10 @@ from __future__ import annotations
 import re
 from collections.abc import Sequence
 
+from igrpo_lite.answers.answers import boxes, find_answer
+from igrpo_lite.answers.equality import same_answer
 from igrpo_lite.errors import DataError
 from igrpo_lite.prompts import AnswerStyle, Shot
-from igrpo_lite.rewards.answers import boxes, find_answer
-from igrpo_lite.rewards.equality import same_answer
 from igrpo_lite.sampling.base import request_seed
 from igrpo_lite.types import Problem
 

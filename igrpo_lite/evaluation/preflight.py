@@ -14,6 +14,7 @@ from statistics import fmean, median, pvariance
 from typing import Any, Literal
 
 from igrpo_lite.algorithms.judging import PolicyJudge
+from igrpo_lite.answers.checker import AnswerChecker
 from igrpo_lite.config import RunConfig
 from igrpo_lite.errors import RewardError, UserError
 from igrpo_lite.evaluation.passrate import JudgeGroup, PassRate, pass_rates
@@ -21,16 +22,14 @@ from igrpo_lite.policy.loading import load_policy
 from igrpo_lite.policy.prompting import check_context, fitting, prompt_builder
 from igrpo_lite.problems.loading import ProblemSets, load_problems
 from igrpo_lite.prompts import PromptBuilder
-from igrpo_lite.rewards.answers import gold_answer
 from igrpo_lite.rewards.calls import Calls
-from igrpo_lite.rewards.checker import AnswerChecker
-from igrpo_lite.rewards.custom import in_short
 from igrpo_lite.rewards.judge import Judgement
 from igrpo_lite.rewards.judge_prompt import judge_prompt, judge_template
 from igrpo_lite.rewards.scorer import Scorer, right_text
 from igrpo_lite.sampling.base import Sampler
 from igrpo_lite.sampling.choice import make_sampler
 from igrpo_lite.types import Completion, Problem, Prompt, Score
+from igrpo_lite.worker.functions import in_short
 
 MAX_UNVERIFIED = 0.05
 """Share of gold answers that may fail to verify against themselves before that is an error."""
@@ -104,7 +103,7 @@ def preflight(
         UserError: data, prompts or model cannot be used at all.
     """
     found = Preflight()
-    sets = load_problems(config, config.seed, gold_answer)
+    sets = load_problems(config, config.seed)
     with Scorer(config, config.answer_style) as scorer:
         found.parts.append(check_data(sets, scorer.checker, config))
         found.parts.append(check_rewards(sets.train, scorer, config))

@@ -19,7 +19,6 @@ from igrpo_lite.policy.loading import load_policy
 from igrpo_lite.policy.prompting import check_context, fitting, prompt_builder
 from igrpo_lite.problems.loading import load_problems
 from igrpo_lite.prompts import PromptBuilder
-from igrpo_lite.rewards.answers import gold_answer
 from igrpo_lite.rewards.scorer import Scorer
 from igrpo_lite.sampling.base import Sampler, request_seed
 from igrpo_lite.sampling.choice import make_sampler
@@ -62,7 +61,7 @@ def scan(
     Raises:
         UserError: data or model cannot be used, or ``output`` has the beginning of a scan with other settings.
     """
-    sets = load_problems(config, config.seed, gold_answer)
+    sets = load_problems(config, config.seed)
     prompts = prompt_builder(config)
     fit = fitting(sets.train, prompts, config.max_prompt_length)
     if fit.longest is None:

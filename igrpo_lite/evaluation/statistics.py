@@ -6,7 +6,7 @@ import math
 from collections import Counter
 from collections.abc import Callable, Sequence
 
-from igrpo_lite.rewards.answers import MAX_SHOWN, Verdict
+from igrpo_lite.answers.answers import MAX_SHOWN, Verdict
 
 Judge = Callable[[Sequence[tuple[str, str, bool]]], Sequence[Verdict]]
 """Verdicts on (text of a completion, gold answer, whether it was truncated), in order, like ``AnswerChecker.judge``."""

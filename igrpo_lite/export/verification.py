@@ -23,7 +23,6 @@ from igrpo_lite.policy.loading import Policy, load_policy
 from igrpo_lite.policy.prompting import fitting
 from igrpo_lite.problems.loading import load_problems
 from igrpo_lite.prompts import PromptBuilder
-from igrpo_lite.rewards.answers import gold_answer
 from igrpo_lite.sampling.base import Request
 from igrpo_lite.sampling.replica import Replica
 from igrpo_lite.sampling.transformers import TransformersSampler
@@ -145,7 +144,7 @@ def held_out_questions(source: Source, prompts: PromptBuilder, count: int) -> li
     """The first questions of the run's last evaluation; of its held-out data where it made none."""
     if source.questions:
         return list(source.questions[:count])
-    problems = load_problems(source.config, source.config.seed, gold_answer).held_out
+    problems = load_problems(source.config, source.config.seed).held_out
     kept = fitting(problems, prompts, source.config.max_prompt_length).kept
     return [problem.question for problem in kept[:count]]
 

@@ -8,7 +8,6 @@ from dataclasses import dataclass
 
 from igrpo_lite.config import DataOptions, ModelOptions, RolloutOptions
 from igrpo_lite.errors import DataError
-from igrpo_lite.problems.answers import ReadAnswer
 from igrpo_lite.problems.decontamination import split_known
 from igrpo_lite.problems.mixture import drawn, drawn_in_order, question_key, shares
 from igrpo_lite.problems.reading import load_questions, load_source
@@ -22,7 +21,7 @@ from igrpo_lite.problems.sources import (
 from igrpo_lite.problems.summary import LoadReport, SourceReport
 from igrpo_lite.types import Problem
 
-__all__ = ["ProblemSets", "ReadAnswer", "data_findings", "load_problems", "load_source", "question_key"]
+__all__ = ["ProblemSets", "data_findings", "load_problems", "load_source", "question_key"]
 
 _IN_QWEN_MATH = ("math500", "math", "hendrycks-math")
 
@@ -36,7 +35,7 @@ class ProblemSets:
     report: LoadReport
 
 
-def load_problems(options: DataOptions, seed: int, read_answer: ReadAnswer) -> ProblemSets:
+def load_problems(options: DataOptions, seed: int) -> ProblemSets:
     """Load the training and the held-out problems.
 
     In this order: every source is read; held-out problems are drawn, where they have no source of their own; what the
@@ -50,7 +49,6 @@ def load_problems(options: DataOptions, seed: int, read_answer: ReadAnswer) -> P
     Args:
         options: the data settings.
         seed: the run's seed.
-        read_answer: :func:`igrpo_lite.rewards.answers.gold_answer`, or another cutter of answers.
 
     Raises:
         DataError: a source cannot be found, read or understood, or nothing usable remains; all findings at once.
@@ -60,8 +58,8 @@ def load_problems(options: DataOptions, seed: int, read_answer: ReadAnswer) -> P
         raise DataError(findings)
     trained, others = train_sources(options), held_out_sources(options)
     prefixes = _id_prefixes(trained, others)
-    parts, reports = _load(trained, prefixes, options, read_answer, findings)
-    held_parts, held_reports = _load(others, prefixes[len(trained) :], options, read_answer, findings)
+    parts, reports = _load(trained, prefixes, options, findings)
+    held_parts, held_reports = _load(others, prefixes[len(trained) :], options, findings)
     known = _known(options, findings)
     findings += _unfound_columns(options, reports) if len(trained) > 1 and not findings else []
     if findings:
@@ -89,7 +87,6 @@ def _load(
     sources: Sequence[Source],
     prefixes: Sequence[str | None],
     options: DataOptions,
-    read_answer: ReadAnswer,
     findings: list[str],
 ) -> tuple[list[list[Problem]], list[SourceReport]]:
     """The problems of each source, a question that several have in the first of them only."""
@@ -97,7 +94,7 @@ def _load(
     parts, reports = [], []
     for source, prefix in zip(sources, prefixes, strict=False):
         try:
-            problems, report = load_source(source, options, read_answer, prefix, seen)
+            problems, report = load_source(source, options, prefix, seen)
         except DataError as error:
             findings.extend(error.problems)
             continue

@@ -9,7 +9,6 @@ from typing import Any, cast
 from igrpo_lite.config import DataOptions
 from igrpo_lite.errors import DataError
 from igrpo_lite.problems import synthetic
-from igrpo_lite.problems.answers import ReadAnswer, read_gold
 from igrpo_lite.problems.columns import (
     Columns,
     answer_text,
@@ -21,6 +20,7 @@ from igrpo_lite.problems.columns import (
     transcript,
 )
 from igrpo_lite.problems.files import Row, Table, refuse_bad_rows
+from igrpo_lite.problems.gold import read_gold
 from igrpo_lite.problems.hub import read_hub
 from igrpo_lite.problems.mirrors import read_files
 from igrpo_lite.problems.mixture import question_key
@@ -45,7 +45,6 @@ class _Rows:
 def load_source(
     source: Source,
     options: DataOptions,
-    read_answer: ReadAnswer,
     id_prefix: str | None = None,
     seen: MutableMapping[str, Problem] | None = None,
 ) -> tuple[list[Problem], SourceReport]:
@@ -57,7 +56,6 @@ def load_source(
     Args:
         source: where from.
         options: the data settings.
-        read_answer: cuts the gold answer out of an answer column's text.
         id_prefix: what the problems' ids begin with; ``None``: the source's name and split.
         seen: problems by :func:`question_key` that other parts of a mixture gave; they count as repeated here, and
             those of this source are added.
@@ -71,7 +69,7 @@ def load_source(
     rows = _read(source, options)
     columns, form = _columns(source, options, rows)
     report = SourceReport(rows.title, rows.table.total, 0, columns.question_text, columns.answer, cut=rows.cut)
-    problems = _problems(rows, columns, form, id_prefix or rows.prefix, read_answer, report, seen)
+    problems = _problems(rows, columns, form, id_prefix or rows.prefix, report, seen)
     refuse_bad_rows(rows.table, options.max_bad_rows)
     report.bad_rows, report.problems = rows.table.bad, len(problems)
     if not problems and not report.duplicates:
@@ -157,14 +155,13 @@ def _problems(
     columns: Columns,
     form: Form | None,
     id_prefix: str,
-    read_answer: ReadAnswer,
     report: SourceReport,
     seen: MutableMapping[str, Problem],
 ) -> list[Problem]:
     problems = []
     for row, question, messages in _asked(rows.table, columns, report):
         value = row.values.get(columns.answer)
-        answer = read_gold(value, form, read_answer)
+        answer = read_gold(value, form)
         if not answer:
             report.unparsed += 1
             if len(report.unparsed_examples) < _SHOWN:

@@ -13,7 +13,7 @@ from typing import Literal
 
 Form = Literal["hash", "boxed", "plain", "float-int", "list0"]
 """How a column holds the gold answer: after the last ``####``; in the last ``\\boxed{}``; as it stands; as a number
-like ``142.0`` for 142; as the first item of a list, in dollar signs or not (:mod:`igrpo_lite.problems.answers`)."""
+like ``142.0`` for 142; as the first item of a list, in dollar signs or not (:mod:`igrpo_lite.problems.gold`)."""
 
 STREAMED_ROWS = 20_000
 """Rows read of a very large set unless ``stream_rows`` says otherwise."""

@@ -10,8 +10,8 @@ import math
 import re
 from collections.abc import Sequence
 
+from igrpo_lite.answers.answers import Verdict, boxes, visible
 from igrpo_lite.prompts import AnswerStyle
-from igrpo_lite.rewards.answers import Verdict, boxes, visible
 
 BUILTIN: tuple[str, ...] = ("accuracy", "format", "soft_overlong", "cosine", "repetition", "judge", "random")
 

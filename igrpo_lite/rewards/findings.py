@@ -11,10 +11,10 @@ from igrpo_lite.config import RewardOptions, RunConfig
 from igrpo_lite.defaults import ENDPOINT_SETTINGS, REWARD_SETTINGS
 from igrpo_lite.prompts import read_text_or_file
 from igrpo_lite.rewards.builtin import BUILTIN
-from igrpo_lite.rewards.custom import find_function_error
 from igrpo_lite.rewards.endpoint import url_finding
 from igrpo_lite.rewards.judge_cache import cache_folder
 from igrpo_lite.rewards.judge_prompt import judge_prompt_findings
+from igrpo_lite.worker.functions import find_function_error
 
 
 def reward_findings(options: RunConfig) -> list[str]:

@@ -12,10 +12,11 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
+from igrpo_lite.answers.answers import Verdict
+from igrpo_lite.answers.checker import AnswerChecker
 from igrpo_lite.config import RunConfig
 from igrpo_lite.errors import RewardError
 from igrpo_lite.prompts import AnswerStyle
-from igrpo_lite.rewards.answers import Verdict
 from igrpo_lite.rewards.builtin import (
     BUILTIN,
     DEFAULT_WEIGHTS,
@@ -28,13 +29,12 @@ from igrpo_lite.rewards.builtin import (
     soft_overlong,
 )
 from igrpo_lite.rewards.calls import Calls
-from igrpo_lite.rewards.checker import AnswerChecker
-from igrpo_lite.rewards.custom import in_short, split_spec
 from igrpo_lite.rewards.findings import reward_findings
 from igrpo_lite.rewards.judge import Judge, Judgement
 from igrpo_lite.rewards.judge_prompt import asks_policy
-from igrpo_lite.rewards.worker import Worker
 from igrpo_lite.types import Completion, Problem, Prompt, Score
+from igrpo_lite.worker.functions import in_short, split_spec
+from igrpo_lite.worker.process import Worker
 
 MIN_CALLS = 20
 MAX_FAILED_SHARE = 0.05

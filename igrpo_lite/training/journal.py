@@ -13,7 +13,6 @@ from igrpo_lite.config import RunConfig
 from igrpo_lite.evaluation.evaluate import Evaluation
 from igrpo_lite.report.screen import EvaluationName, Screen
 from igrpo_lite.report.trackers import Trackers
-from igrpo_lite.rewards.custom import in_short
 from igrpo_lite.sampling.base import Sampler
 from igrpo_lite.training.health import Health
 from igrpo_lite.training.memory import memory
@@ -23,6 +22,7 @@ from igrpo_lite.training.records import rollout_record, shown_samples
 from igrpo_lite.training.run_folder import Records, RunFolder
 from igrpo_lite.training.state import Progress
 from igrpo_lite.training.update import MAX_OVERFLOWS, PolicyUpdate, UpdateStats
+from igrpo_lite.worker.functions import in_short
 
 SAMPLE_STEPS = 20
 """Steps between samples shown on the screen."""

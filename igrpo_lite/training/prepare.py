@@ -13,7 +13,6 @@ from igrpo_lite.policy.logprobs import RowLayout, best_layout
 from igrpo_lite.policy.prompting import check_context, fitting, prompt_builder
 from igrpo_lite.problems.loading import load_problems
 from igrpo_lite.prompts import PromptBuilder
-from igrpo_lite.rewards.answers import gold_answer
 from igrpo_lite.rewards.scorer import Scorer
 from igrpo_lite.sampling.base import Sampler
 from igrpo_lite.sampling.choice import make_sampler
@@ -52,7 +51,7 @@ def prepare(config: RunConfig) -> Prepared:
     Raises:
         UserError: whatever of this cannot work, before the next, more expensive part is tried.
     """
-    sets = load_problems(config, config.seed, gold_answer)
+    sets = load_problems(config, config.seed)
     scorer = Scorer(config, config.answer_style)
     try:
         scorer.check(sets.train[0])

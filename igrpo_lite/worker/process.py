@@ -29,7 +29,7 @@ from pathlib import Path
 from typing import IO, Any
 
 from igrpo_lite.errors import RewardError
-from igrpo_lite.rewards.custom import Returned, UserFunction, last_lines, load_function, run_function
+from igrpo_lite.worker.functions import Returned, UserFunction, last_lines, load_function, run_function
 
 LOAD_SECONDS = 60.0
 """Time for the process to start and a user's file to be imported; the timeout of calls does not include it."""
@@ -43,11 +43,11 @@ MOST_SECONDS = 1e6
 EXIT_SECONDS = 2.0
 """Time a worker has, once its parent is gone, to finish what it does and close its files."""
 
-_OURS = os.path.join("igrpo_lite", "rewards") + os.sep
+_OURS = os.path.join("igrpo_lite", "worker") + os.sep
 
 _BOOT = (
     "import json, sys; a = json.loads(sys.argv[1]); sys.path[:] = a['path']; sys.argv[:] = ['']; "
-    "from igrpo_lite.rewards.worker import serve; serve(a['parent'], a['trace'])"
+    "from igrpo_lite.worker.process import serve; serve(a['parent'], a['trace'])"
 )
 
 

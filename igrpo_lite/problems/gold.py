@@ -4,25 +4,19 @@ from __future__ import annotations
 
 import math
 import re
-from collections.abc import Callable
 from typing import Any
 
+from igrpo_lite.answers.answers import gold_answer
 from igrpo_lite.problems.columns import answer_text
 from igrpo_lite.problems.registry import Form
-
-ReadAnswer = Callable[[str], str | None]
-"""Cuts the gold answer out of an answer column's text; ``None`` or empty when there is none."""
 
 _LONGEST = 300
 _BOX = re.compile(r"\\(?:boxed|fbox|framebox)")
 _DOLLARS = re.compile(r"\$([^$]+)\$")
 
 
-def read_gold(value: Any, form: Form | None, read_answer: ReadAnswer) -> str | None:
-    """The gold answer in a row's ``value``, or ``None`` when it holds none of this form.
-
-    ``read_answer`` finds boxes and judges plain answers, and everything where the form is not known (``None``).
-    """
+def read_gold(value: Any, form: Form | None) -> str | None:
+    """The gold answer in a row's ``value``, or ``None`` when it has none. ``form`` is ``None`` where it is unknown."""
     text = answer_text(value[0] if form == "list0" and isinstance(value, list | tuple) and value else value)
     if text is None:
         return None
@@ -30,12 +24,12 @@ def read_gold(value: Any, form: Form | None, read_answer: ReadAnswer) -> str | N
         after = text.rpartition("####")
         return re.sub(r"[$,]", "", after[2].strip().partition("\n")[0]).strip() or None if after[1] else None
     if form == "boxed":
-        return read_answer(text) if _BOX.search(text) else None
+        return gold_answer(text) if _BOX.search(text) else None
     if form == "float-int":
         return _whole(text)
     if form == "list0" and (inner := _DOLLARS.fullmatch(text)):
         text = inner[1].strip()
-    answer = read_answer(text)
+    answer = gold_answer(text)
     if answer or form is None:
         return answer or None
     return text if len(text) <= _LONGEST and "\n" not in text else None

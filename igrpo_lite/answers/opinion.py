@@ -4,7 +4,7 @@ math-verify (https://github.com/huggingface/Math-Verify) rounds to six digits or
 two unsolvable equations for the same one and ``C`` for ``c``. So its "equal" counts only if both expressions, read by
 its parser with case kept, also agree to 25 digits at several points.
 
-:func:`opinion` runs in a worker process (:mod:`igrpo_lite.rewards.worker`): sympy may take forever or all memory.
+:func:`opinion` runs in a worker process (:mod:`igrpo_lite.worker.process`): sympy may take forever or all memory.
 """
 
 from __future__ import annotations
@@ -14,7 +14,7 @@ import re
 from collections.abc import Sequence
 from typing import Any
 
-from igrpo_lite.rewards.equality import same_answer
+from igrpo_lite.answers.equality import same_answer
 
 MEMORY = 1 << 30
 """Bytes of address space that a worker may take."""

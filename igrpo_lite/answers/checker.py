@@ -1,6 +1,6 @@
 """Judges completions: the exact comparison first, and for what that cannot judge a second opinion.
 
-The second opinion (:mod:`igrpo_lite.rewards.opinion`) takes milliseconds or forever, so it is asked in worker processes
+The second opinion (:mod:`igrpo_lite.answers.opinion`) takes milliseconds or forever, so it is asked in worker processes
 with a time limit: one that exceeds it is killed and replaced, which costs its slot and nobody else.
 """
 
@@ -19,15 +19,15 @@ from functools import cache
 from types import TracebackType
 from typing import Literal
 
+from igrpo_lite.answers.answers import Found, Verdict, compared, gold_answer, stated
 from igrpo_lite.errors import RewardError
-from igrpo_lite.rewards.answers import Found, Verdict, compared, gold_answer, stated
-from igrpo_lite.rewards.custom import in_short
-from igrpo_lite.rewards.worker import LOAD_SECONDS, Worker
+from igrpo_lite.worker.functions import in_short
+from igrpo_lite.worker.process import LOAD_SECONDS, Worker
 
 CACHED = 20_000
 """Opinions that are remembered."""
 
-_OPINION = "igrpo_lite.rewards.opinion:opinion"
+_OPINION = "igrpo_lite.answers.opinion:opinion"
 
 Said = Literal["correct", "wrong", "unparsed", "timeout"]
 Pair = tuple[str, str]

@@ -33,7 +33,7 @@ from typing import Any
 from igrpo_lite.errors import RewardError
 
 _FRAME = re.compile(r'[ ]+File "(.+?)", line (\d+)')
-_FOREIGN = re.compile(r"site-packages|[\\/]lib[\\/]python3|igrpo_lite[\\/]rewards[\\/]")
+_FOREIGN = re.compile(r"site-packages|[\\/]lib[\\/]python3|igrpo_lite[\\/]worker[\\/]")
 
 _SINGULAR = {"completions": "completion", "prompts": "prompt"}
 

@@ -7,7 +7,7 @@ Places are tried in this order, and the first that holds something wins:
 3. the line after the last ``####`` if it starts with a number (``#### Step 3`` is a heading),
 4. the clause after the last "the answer is", "final answer:",
 5. the last number, with the expression that it is a part of: ``2\sqrt{3}``, not 3
-   (:mod:`igrpo_lite.rewards.last_value`).
+   (:mod:`igrpo_lite.answers.last_value`).
 
 The rules for ties:
 
@@ -33,9 +33,9 @@ from dataclasses import dataclass
 from itertools import islice
 from typing import Literal
 
-from igrpo_lite.rewards.equality import Opinion, same_answer, states_several
-from igrpo_lite.rewards.last_value import last_value
-from igrpo_lite.rewards.quantities import MAX_TEXT, parse_number
+from igrpo_lite.answers.equality import Opinion, same_answer, states_several
+from igrpo_lite.answers.last_value import last_value
+from igrpo_lite.answers.quantities import MAX_TEXT, parse_number
 
 Source = Literal["box", "tag", "hash", "phrase", "number"]
 Reason = Literal["correct", "wrong", "no_answer", "unparsed", "several_answers", "truncated", "timeout"]
@@ -123,7 +123,7 @@ def stated(text: str, truncated: bool) -> Found | Verdict:
 
 
 def compared(found: Found, gold: str, opinion: Opinion | None = None) -> Verdict:
-    """The verdict on an answer; see :func:`igrpo_lite.rewards.equality.same_answer` for the ``opinion``."""
+    """The verdict on an answer; see :func:`igrpo_lite.answers.equality.same_answer` for the ``opinion``."""
     same = same_answer(found.text, gold, opinion)
     reason: Reason = "unparsed" if same is None else "correct" if same else "wrong"
     if same is False and states_several(found.text, gold):

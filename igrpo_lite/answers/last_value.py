@@ -9,7 +9,7 @@ from __future__ import annotations
 import re
 from collections import deque
 
-from igrpo_lite.rewards.quantities import parse_quantity
+from igrpo_lite.answers.quantities import parse_quantity
 
 MAX_LINE = 600
 """Characters before and after the number that are looked into."""

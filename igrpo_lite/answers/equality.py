@@ -1,12 +1,12 @@
 r"""Whether two final answers are the same: shape, then exact numbers, then one spelling of the text.
 
 Nothing is evaluated here: ``3+4`` and ``7=7`` are not 7, ``9^{9^9}`` costs nothing. What is left open, two expressions
-that are spelled differently, may be put to an *opinion* (:mod:`igrpo_lite.rewards.opinion`). The choices made where
+that are spelled differently, may be put to an *opinion* (:mod:`igrpo_lite.answers.opinion`). The choices made where
 tools differ:
 
 * numbers are exact: ``0.333`` is not ``1/3``, ``1.414`` not ``\sqrt2``; where the gold answer is a number, so must the
   answer be, and a sum that is left to the reader is not one;
-* percent and units: see :class:`igrpo_lite.rewards.quantities.Quantity`; words around a number are not compared;
+* percent and units: see :class:`igrpo_lite.answers.quantities.Quantity`; words around a number are not compared;
 * more than one value is never one answer: ``2 or 3`` is not ``2``. Lists without brackets and sets are compared without
   order, tuples with it; brackets may be left out (``3, 4`` is ``(3, 4)``), but not changed (``[3, 4]`` is not);
 * an inequality in one variable is its interval;
@@ -21,9 +21,9 @@ from collections import Counter
 from collections.abc import Callable, Sequence
 from typing import TypeAlias
 
-from igrpo_lite.rewards.forms import Answer, Group, Value, parse
-from igrpo_lite.rewards.latex import ambiguous, clean
-from igrpo_lite.rewards.quantities import MAX_TEXT, parse_number, parse_quantity
+from igrpo_lite.answers.forms import Answer, Group, Value, parse
+from igrpo_lite.answers.latex import ambiguous, clean
+from igrpo_lite.answers.quantities import MAX_TEXT, parse_number, parse_quantity
 
 __all__ = ["Opinion", "parse_number", "same_answer", "states_several"]
 

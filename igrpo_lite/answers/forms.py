@@ -11,8 +11,8 @@ from dataclasses import dataclass
 from functools import lru_cache
 from typing import Literal, TypeAlias
 
-from igrpo_lite.rewards.latex import canonical, clean
-from igrpo_lite.rewards.quantities import MAX_TEXT, Quantity, Unit, parse_quantity, parse_unit
+from igrpo_lite.answers.latex import canonical, clean
+from igrpo_lite.answers.quantities import MAX_TEXT, Quantity, Unit, parse_quantity, parse_unit
 
 Kind = Literal["list", "set", "tuple", "union", "matrix"]
 
@@ -26,7 +26,7 @@ class Value:
 
     Attributes:
         text: the value without name and unit, cleaned.
-        spelling: the same in one spelling, see :func:`igrpo_lite.rewards.latex.canonical`.
+        spelling: the same in one spelling, see :func:`igrpo_lite.answers.latex.canonical`.
         name: the symbol it was given to (``x = 5``), if any.
         quantity: the number that it states, if it states one.
         unit: a known unit behind an expression (``2\\pi`` cm); a number's is in its quantity.

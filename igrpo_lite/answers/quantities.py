@@ -13,7 +13,7 @@ from dataclasses import dataclass
 from fractions import Fraction
 from functools import lru_cache
 
-from igrpo_lite.rewards.latex import clean, units_as_words
+from igrpo_lite.answers.latex import clean, units_as_words
 
 MAX_TEXT = 2000
 """Characters of an answer that is looked into; longer ones are compared as they are."""
