@@ -23,8 +23,8 @@ _WEIGHTS = ("*.safetensors", "*.bin", "*.bin.index.json")
 
 def findings(config: RunConfig) -> list[str]:
     """Everything wrong with the model, data, prompts, rewards and trackers that a configuration names."""
-    from igrpo_lite.problems.loading import data_findings
-    from igrpo_lite.rewards.scorer import reward_findings
+    from igrpo_lite.problems.sources import data_findings
+    from igrpo_lite.rewards.findings import reward_findings
 
     prompts = prompt_findings(config)
     rest = reward_findings(config) + tracker_findings(config.report_to) + sampler_findings(config)

@@ -82,18 +82,10 @@ class DataOptions(Section):
     max_bad_rows: Annotated[int, Field(ge=0)] = Field(
         0, description="Rows that may be unreadable before the run refuses to start; they are named and counted."
     )
-    stream_rows: PositiveInt | None = Field(
-        None,
-        description="Rows read of a hub set, streamed instead of downloaded as a whole; unset: all, of very large sets "
-        "the first 20,000.",
-    )
     decontaminate: list[str] = Field(
         [],
         description="Sets, given like `data`, that training must share no question and no long run of words with; the "
         "held-out set always is one.",
-    )
-    decontaminate_ngram: Annotated[int, Field(ge=0)] = Field(
-        13, description="Words in a row that count as shared; 0: only whole questions do."
     )
     eval_data: str | None = Field(
         None,
@@ -207,9 +199,6 @@ class RewardOptions(Section):
         description="`soft_overlong`: tokens before `max_completion_length` over which the reward falls from 0 to -1; "
         "unset: a fifth of that length.",
     )
-    repetition_ngram: Annotated[int, Field(ge=2)] = Field(
-        3, description="`repetition`: words of the n-grams whose repetition costs."
-    )
     judge_by: Literal["endpoint", "policy"] = Field(
         "endpoint",
         description="`judge`: who grades: a model at `judge_url`, or the policy itself, as it is at that step, in the "
@@ -230,14 +219,9 @@ class RewardOptions(Section):
     )
     judge_max_tokens: PositiveInt = Field(1024, description="`judge`: tokens the judge may write per completion.")
     judge_timeout: PositiveFloat = Field(60.0, description="`judge`: seconds one call may take.")
-    judge_retries: Annotated[int, Field(ge=0)] = Field(3, description="`judge`: further tries of a failed call.")
-    judge_concurrency: PositiveInt = Field(8, description="`judge`: calls at the same time.")
     judge_token_budget: PositiveInt | None = Field(
         None,
         description="`judge`: tokens, read and written, after which the run stops with everything saved; unset: any.",
-    )
-    judge_cache: str | None = Field(
-        None, description="`judge`: folder where scores are kept and looked up; unset: the user's cache folder."
     )
 
 

@@ -29,11 +29,11 @@ after which nothing has to be computed. Ours; the paper's own values could not b
 LONG_COMPLETION = 600
 """Tokens of ``max_completion_length`` from which the preset ``long`` is the default."""
 
-REWARD_SETTINGS: dict[str, str] = {"judge": "judge_", "soft_overlong": "overlong_", "repetition": "repetition_"}
+REWARD_SETTINGS: dict[str, str] = {"judge": "judge_", "soft_overlong": "overlong_"}
 """What the settings of a built-in reward begin with."""
 
 ENDPOINT_SETTINGS: tuple[str, ...] = (
-    *("judge_url", "judge_model", "judge_api_key_env", "judge_timeout", "judge_retries"),
-    *("judge_concurrency", "judge_token_budget", "judge_cache"),
+    *("judge_url", "judge_model", "judge_api_key_env", "judge_timeout"),
+    "judge_token_budget",
 )
 """The judge's settings that mean nothing where the policy is the judge."""

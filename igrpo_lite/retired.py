@@ -10,20 +10,26 @@ from igrpo_lite.config import RunConfig
 RETIRED: dict[str, Any] = {
     "adam_beta1": 0.9,
     "adam_beta2": 0.99,
+    "decontaminate_ngram": 13,
     "draft_answer": "shown",
     "draft_fallback": "none",
     "draft_tie_break": "first",
     "joint_groups": "own",
+    "judge_cache": None,
+    "judge_concurrency": 8,
+    "judge_retries": 3,
     "math_verify_timeout": 5.0,
     "min_lr_rate": 0.1,
     "min_p": 0.0,
     "num_refinements": None,
     "plain_refinements": 0.0,
+    "repetition_ngram": 3,
     "sample_steps": 20,
     "save_minutes": 10.0,
     "sgrpo_cap": "in_order",
     "sgrpo_norm": "selected",
     "stage2_baseline": "mean",
+    "stream_rows": None,
     "top_p": 1.0,
     "tspmo_baseline": "visits",
     "tspmo_weight": "unique",
@@ -32,17 +38,26 @@ RETIRED: dict[str, Any] = {
 """The value of each that is what still happens; ``num_refinements`` is what ``num_drafts`` leaves of
 ``num_generations``."""
 
-RESUMABLE = frozenset({"sample_steps", "save_minutes", "math_verify_timeout"})
+RESUMABLE = frozenset(
+    {"judge_cache", "judge_concurrency", "judge_retries", "math_verify_timeout", "sample_steps", "save_minutes"}
+)
 """Retired settings that changed no result, so a run folder is continued whatever they were."""
 
 RETIRED_VALUES = {"draft_selection": ("worst", "worst_formatted", "mixed")}
 """Values that a setting no longer takes."""
 
 
+_INSTEAD = {
+    "judge_cache": "the environment variable XDG_CACHE_HOME moves the cache",
+    "num_refinements": "set num_generations and num_drafts, and refinements are the rest",
+    "stream_rows": "give a range of rows instead, like data_split: train[:50000]",
+}
+
+
 def gone(name: str) -> str:
     """What to do about a retired setting."""
-    if name == "num_refinements":
-        return f"{name}: is no setting any more; set num_generations and num_drafts, and refinements are the rest"
+    if name in _INSTEAD:
+        return f"{name}: is no setting any more; {_INSTEAD[name]}"
     return f"{name}: is no setting any more, and only {RETIRED[name]} is left of it; leave it out"
 
 

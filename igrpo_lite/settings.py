@@ -39,10 +39,7 @@ RESUMABLE: frozenset[str] = frozenset(
         "judge_url",
         "judge_api_key_env",
         "judge_timeout",
-        "judge_retries",
-        "judge_concurrency",
         "judge_token_budget",
-        "judge_cache",
         "dtype",  # ``auto`` depends on the device; a run that would go on in another type is refused on its own
     }
 )

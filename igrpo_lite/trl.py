@@ -23,7 +23,7 @@ from igrpo_lite.answers.answers import find_answer
 from igrpo_lite.config import PromptOptions, RolloutOptions
 from igrpo_lite.errors import ConfigError, UserError
 from igrpo_lite.prompts import STAGE2_TEMPLATES, read_text_or_file, template_findings
-from igrpo_lite.rewards.findings import foreign_findings
+from igrpo_lite.rewards.findings import trl_findings
 from igrpo_lite.types import Completion, Score
 
 SUPPORTED = ((1, 14), (1, 17))
@@ -240,7 +240,7 @@ class IGRPOTrainer(GRPOTrainer):
             raise ConfigError(
                 f"args: is a {type(args).__name__}; use igrpo_lite.trl.IGRPOConfig, which has all its fields"
             )
-        findings = foreign_findings(reward_funcs) + [
+        findings = trl_findings(reward_funcs) + [
             f"{name}: not supported, for drafts and refinements are single answers to text; leave it out"
             for name in _UNSUPPORTED
             if others.get(name)

@@ -12,7 +12,10 @@ from dataclasses import dataclass, field
 from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 from typing import Any
 
+import pytest
+
 from igrpo_lite.config import RunConfig
+from igrpo_lite.rewards import endpoint
 from igrpo_lite.rewards.calls import Calls
 from igrpo_lite.rewards.judge import Judge, Judgement
 from igrpo_lite.types import Problem
@@ -136,10 +139,15 @@ class JudgeServer:
 
 
 class Asker:
-    """Makes servers and judges of them, and closes both."""
+    """Makes servers and judges of them, and closes both. Scores are cached in ``folder``; retries wait milliseconds.
 
-    def __init__(self, folder: Any) -> None:
-        self.folder = folder
+    ``retries`` and ``concurrency`` among the settings stand for the constants of the endpoint.
+    """
+
+    def __init__(self, folder: Any, patch: pytest.MonkeyPatch) -> None:
+        self.patch = patch
+        patch.setenv("XDG_CACHE_HOME", str(folder / "cache"))
+        patch.setattr(endpoint, "BACKOFF_SECONDS", 0.001)
         self.calls = Calls()
         self._made: list[Any] = []
 
@@ -149,11 +157,13 @@ class Asker:
 
     def config(self, server: JudgeServer | str, **settings: Any) -> RunConfig:
         url = server if isinstance(server, str) else server.url
-        base = {"judge_url": url, "judge_cache": str(self.folder / "cache"), "judge_api_key_env": "JUDGE_TEST_KEY"}
+        for name in {"retries", "concurrency"} & settings.keys():
+            self.patch.setattr(endpoint, name.upper(), settings.pop(name))
+        base = {"judge_url": url, "judge_api_key_env": "JUDGE_TEST_KEY"}
         return RunConfig(**{"reward_funcs": ["judge"], **base, **settings})
 
     def judge(self, server: JudgeServer | str, **settings: Any) -> Judge:
-        self._made.append(judge := Judge(self.config(server, **settings), backoff=0.001))
+        self._made.append(judge := Judge(self.config(server, **settings)))
         return judge
 
     def grade(self, server: JudgeServer | str, *texts: str, **settings: Any) -> list[Judgement]:

@@ -49,7 +49,7 @@ def test_a_broken_line_is_named_and_may_be_left_out(say, refused, tmp_path: Path
     (tmp_path / "rows.jsonl").write_text(text + '{"question": "cut o\n')
     told = refused(data="rows.jsonl")
     assert "rows.jsonl:31: not JSON" in told
-    assert "1 of 31 rows cannot be read; mend them, or go on without them with --max-bad-rows 1" in told
+    assert "1 of 31 rows cannot be read; fix them, or go on without them with --max-bad-rows 1" in told
     code, _, shown = say(data="rows.jsonl", max_bad_rows=1)
     assert code == 0
     assert "left out 1 unreadable rows: rows.jsonl:31: not JSON" in shown

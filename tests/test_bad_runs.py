@@ -42,18 +42,18 @@ REWARDED = SMALL | {"reward_funcs": "own.py:f", "reward_timeout": 0.5, "max_step
 @pytest.mark.parametrize(
     ("body", "told"),
     [
-        ("import nowhere_to_be_found", r"cannot be imported: ModuleNotFoundError: .* \(.*own.py, line 1\); mend the"),
+        ("import nowhere_to_be_found", r"cannot be imported: ModuleNotFoundError: .* \(.*own.py, line 1\); fix the"),
         ("import os\n\n1 / 0", r"cannot be imported: ZeroDivisionError: division by zero \(.*own.py, line 3\)"),
         ("def f(completions", r"own.py, line 1: '\(' was never closed; the file is not valid Python"),
         ("def f(completions):\n    return [1.0]", "returned 1 values for 2 completions"),
         ("def f(completions):\n    return [float('nan')] * 2", "returned nan"),
         (
             "import json\ndef f(completions):\n    return json.loads('{')",
-            r"failed on the first row: json.decoder.JSONDecodeError: .* \(.*own.py, line 3\); mend it",
+            r"failed on the first row: json.decoder.JSONDecodeError: .* \(.*own.py, line 3\); fix it",
         ),
         (
             "import time\ndef f(completions):\n    time.sleep(60)",
-            r"failed on the first row: no reply within 0.5 s, so it was stopped in .*own.py\", line 3 in f; mend it",
+            r"failed on the first row: no reply within 0.5 s, so it was stopped in .*own.py\", line 3 in f; fix it",
         ),
     ],
 )

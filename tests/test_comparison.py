@@ -12,12 +12,12 @@ from comparison_parts import TOKENS, a_run, records, summary
 from rich.console import Console
 
 from igrpo_lite.comparison.figure import COLOURS, draw
-from igrpo_lite.comparison.intervals import interpolated, over_seeds, over_seeds_and_problems, t_quantile
 from igrpo_lite.comparison.markdown import markdown
 from igrpo_lite.comparison.runs import Run, read_run
 from igrpo_lite.comparison.tables import equal_tokens, notes, paired, table
 from igrpo_lite.comparison.terminal import plot, show
 from igrpo_lite.errors import RunFolderError
+from igrpo_lite.evaluation.statistics import interpolated, over_seeds, over_seeds_and_problems, t_quantile
 
 
 @pytest.mark.parametrize(

@@ -17,8 +17,8 @@ from igrpo_lite.answers.checker import AnswerChecker
 from igrpo_lite.cli import main
 from igrpo_lite.config import RewardOptions
 from igrpo_lite.evaluation.evaluate import Sampling, evaluate
-from igrpo_lite.evaluation.intervals import wilson
 from igrpo_lite.evaluation.passrate import pass_rates
+from igrpo_lite.evaluation.statistics import wilson
 from igrpo_lite.problems.synthetic import load
 from igrpo_lite.rewards.scorer import Scorer
 from igrpo_lite.sampling.base import Request, request_seed

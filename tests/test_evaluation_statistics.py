@@ -15,8 +15,16 @@ from hypothesis import strategies as st
 
 from igrpo_lite.answers.answers import MAX_SHOWN, Verdict
 from igrpo_lite.answers.checker import AnswerChecker
-from igrpo_lite.evaluation.intervals import bootstrap, mcnemar, mean_estimate, paired_change, wilson
-from igrpo_lite.evaluation.statistics import compared, majority, pass_at_k, powers_of_two
+from igrpo_lite.evaluation.statistics import (
+    compared,
+    majority,
+    mcnemar,
+    mean_estimate,
+    paired_change,
+    pass_at_k,
+    powers_of_two,
+    wilson,
+)
 
 
 @pytest.mark.parametrize(("successes", "n"), [(0, 10), (5, 10), (10, 10), (1, 7), (120, 200), (1319, 1319)])
@@ -150,36 +158,31 @@ def test_mean_estimate_against_the_standard_library():
         mean_estimate([])
 
 
-def test_bootstrap_of_yes_and_no_is_the_binomial_distribution():
-    n, ones = 60, 21
-    chances = [math.comb(n, k) * (ones / n) ** k * (1 - ones / n) ** (n - k) for k in range(n + 1)]
-    expected = [next(k for k in range(n + 1) if sum(chances[: k + 1]) >= q) / n for q in (0.025, 0.975)]
-    assert bootstrap([1.0] * ones + [0.0] * (n - ones)) == pytest.approx(expected, abs=1e-12)
-
-
-def test_bootstrap_is_drawing_one_by_one_and_knows_no_order():
-    rng = np.random.default_rng(3)
-    values = rng.choice([-0.5, -0.25, 0.0, 0.0, 0.0, 0.25, 1.0], size=80)
-    means = np.sort(rng.choice(values, size=(20_000, 80)).mean(axis=1))
-    found = bootstrap(values)
-    assert found == pytest.approx((means[500], means[19_500]), abs=0.01)
-    assert bootstrap(values[::-1]) == found
-    assert bootstrap(values, seed=1) != found
-
-
 def test_intervals_of_a_change_cover_the_truth():
-    """400 experiments each: the bootstrap covers where flips are many; where few, the quoted interval still does."""
+    """400 experiments each, with many flips and with few."""
     rng = np.random.default_rng(0)
 
-    def coverage(n: int, gain: float, loss: float) -> list[float]:
+    def coverage(n: int, gain: float, loss: float) -> float:
         counts = rng.multinomial(n, [gain, loss, 1 - gain - loss], size=400)
         found = [changed(n, gained, lost) for gained, lost, _ in counts.tolist()]
-        intervals = [[(one.low, one.high) for one in found], [one.bootstrap for one in found]]
-        return [mean(low <= gain - loss <= high for low, high in each) for each in intervals]
+        return mean(one.low <= gain - loss <= one.high for one in found)
 
-    assert coverage(200, 0.2, 0.1) == pytest.approx([0.95, 0.95], abs=0.03)
-    quoted, resampled = coverage(30, 0.05, 0.02)
-    assert quoted > 0.94 > 0.85 > resampled
+    assert coverage(200, 0.2, 0.1) == pytest.approx(0.95, abs=0.03)
+    assert coverage(30, 0.05, 0.02) > 0.94
+
+
+def test_the_interval_of_a_change_of_shares_covers_the_truth():
+    rng = np.random.default_rng(1)
+    held = []
+    for _ in range(400):
+        chance = rng.uniform(size=60)
+        after = np.clip(chance + rng.choice([-0.1, 0.2], size=60), 0, 1)
+        samples = [rng.binomial(8, p) / 8 for p in (chance, after)]
+        change = paired_change(*samples)
+        truth = (0.405 + 0.68) / 2 - 0.5  # means of max(0, U - 0.1), of min(1, U + 0.2), and of U
+        held.append(change.low <= truth <= change.high)
+        assert change.p_value is None
+    assert mean(held) == pytest.approx(0.95, abs=0.03)
 
 
 def changed(n: int, gained: int, lost: int):
@@ -196,7 +199,6 @@ def test_paired_change_by_hand():
     assert change.difference == pytest.approx(0.15)
     # 15 / 102 and 1.96 * sqrt(26 - 15^2 / 102) / 102
     assert (change.low, change.high) == pytest.approx((0.14706 - 0.09373, 0.14706 + 0.09373), abs=1e-4)
-    assert change.bootstrap == pytest.approx((0.06, 0.24), abs=0.011)
     assert change.p_value == pytest.approx(0.00408, abs=1e-5)
     with pytest.raises(ValueError, match="not pairs"):
         paired_change([True], [])
@@ -211,7 +213,9 @@ def test_paired_change_as_published():
 def test_a_change_of_nothing_is_not_certain_and_one_of_shares_has_no_mcnemar():
     still = changed(40, 0, 0)
     assert still.low < -0.03 < 0.03 < still.high
-    assert (still.bootstrap, still.p_value) == ((0.0, 0.0), 1.0)
+    assert still.p_value == 1.0
     shares = paired_change([0.25, 0.5, 1.0, 0.0], [0.5, 0.5, 0.75, 1.0])
     assert (shares.difference, shares.gained, shares.lost, shares.p_value) == (0.25, 2, 1, None)
-    assert (shares.low, shares.high) == shares.bootstrap
+    margin = 3.182446 * stdev([0.25, 0.0, -0.25, 1.0]) / 2  # Student's t with 3 degrees of freedom
+    assert (shares.low, shares.high) == pytest.approx((0.25 - margin, 1.0))
+    assert paired_change([0.5], [0.75]).low == -0.75

@@ -11,7 +11,7 @@ from pathlib import Path
 
 import pytest
 
-from igrpo_lite.rewards.judge_cache import JudgeCache, cache_folder
+from igrpo_lite.rewards.judge_cache import JudgeCache, cache_file
 from igrpo_lite.rewards.judge_prompt import DEFAULT_PROMPT, judge_prompt, judge_prompt_findings, read_score
 from igrpo_lite.types import Problem
 
@@ -101,25 +101,23 @@ def test_text_that_is_no_utf8_can_be_sent() -> None:
 # The cache
 
 
-def test_two_processes_share_one_file(tmp_path: Path) -> None:
+def test_two_processes_share_one_file(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """Each writes half of the scores and, at the same time, those of the other too; none is lost and none fails."""
     program = textwrap.dedent(
         """
         import sys
-        from pathlib import Path
         from igrpo_lite.rewards.judge_cache import JudgeCache
-        cache = JudgeCache(Path(sys.argv[1]))
+        cache = JudgeCache()
         for i in range(150):
-            cache.put(JudgeCache.key("u", "m", str(i)), i / 150, "who " + sys.argv[2])
+            cache.put(JudgeCache.key("u", "m", str(i)), i / 150, "who " + sys.argv[1])
             assert cache.get(JudgeCache.key("u", "m", str(i)))[0] == i / 150
         """
     )
+    monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path / "new"))
     environment = os.environ | {"PYTHONPATH": str(Path(__file__).resolve().parents[1])}
-    started = [
-        subprocess.Popen([sys.executable, "-c", program, str(tmp_path / "new"), name], env=environment) for name in "ab"
-    ]
+    started = [subprocess.Popen([sys.executable, "-c", program, name], env=environment) for name in "ab"]
     assert [process.wait(120) for process in started] == [0, 0]
-    cache = JudgeCache(tmp_path / "new")
+    cache = JudgeCache()
     kept = [cache.get(JudgeCache.key("u", "m", str(i))) for i in range(150)]
     assert [entry and entry[0] for entry in kept] == [i / 150 for i in range(150)]
     assert {entry[1] for entry in kept if entry} <= {"who a", "who b"}
@@ -131,8 +129,9 @@ def test_a_key_is_one_question_to_one_model() -> None:
     assert len(keys) == 4
 
 
-def test_the_first_score_stays(tmp_path: Path) -> None:
-    cache, key = JudgeCache(tmp_path), JudgeCache.key("u", "m", "p")
+def test_the_first_score_stays(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path))
+    cache, key = JudgeCache(), JudgeCache.key("u", "m", "p")
     assert cache.get(key) is None
     began = time.time()
     cache.put(key, 0.5, "first")
@@ -143,11 +142,9 @@ def test_the_first_score_stays(tmp_path: Path) -> None:
     cache.close()
 
 
-def test_the_folder_is_the_users_own(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
-    assert cache_folder(str(tmp_path)) == tmp_path
+def test_the_file_is_in_the_users_cache(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
     monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path))
-    assert cache_folder(None) == tmp_path / "igrpo-lite" / "judge"
+    assert cache_file() == tmp_path / "igrpo-lite" / "judge" / "scores.sqlite3"
     monkeypatch.delenv("XDG_CACHE_HOME")
-    monkeypatch.setattr(sys, "platform", "linux")
     monkeypatch.setenv("HOME", str(tmp_path))
-    assert cache_folder(None) == tmp_path / ".cache" / "igrpo-lite" / "judge"
+    assert cache_file() == tmp_path / ".cache" / "igrpo-lite" / "judge" / "scores.sqlite3"

@@ -15,14 +15,15 @@ from judge_parts import Answer, Asker, attempt, refused, said
 from reward_parts import PROBLEM, PROMPT, RIGHT, WRONG, Make, completion
 
 from igrpo_lite.errors import RewardError
+from igrpo_lite.rewards.endpoint import CONCURRENCY
 from igrpo_lite.rewards.scorer import Scorer
 from igrpo_lite.settings import resolve
 from igrpo_lite.training import train
 
 
 @pytest.fixture
-def asker(tmp_path: Path) -> Iterator[Asker]:
-    made = Asker(tmp_path)
+def asker(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[Asker]:
+    made = Asker(tmp_path, monkeypatch)
     yield made
     made.close()
 
@@ -40,7 +41,7 @@ def test_the_judges_score_is_a_part_like_any_other(asker: Asker) -> None:
     config = asker.config(server, reward_funcs=["accuracy", "judge"], reward_weights=[1.0, 2.0])
     with Scorer(config, "boxed") as scorer:
         assert scorer.in_worker, "the collector must not wait for it"
-        assert scorer.threads == config.judge_concurrency
+        assert scorer.threads == CONCURRENCY
         scorer.check(PROBLEM)
         assert len(server.requests) == 2
         scores = scorer.score(PROBLEM, PROMPT, [completion(RIGHT), completion(WRONG)])
@@ -56,7 +57,7 @@ def test_the_judges_score_is_a_part_like_any_other(asker: Asker) -> None:
 
 def test_a_judge_that_does_not_answer_is_found_on_the_first_row(asker: Asker) -> None:
     server = asker.serve(lambda body, number: refused(500, "out of memory"))
-    with Scorer(asker.config(server, judge_retries=0), "boxed") as scorer, pytest.raises(RewardError) as raised:
+    with Scorer(asker.config(server, retries=0), "boxed") as scorer, pytest.raises(RewardError) as raised:
         scorer.check(PROBLEM)
     (finding,) = raised.value.problems
     assert finding == f"reward judge failed on the first row: {server.url} answered 500 (out of memory)"
@@ -64,13 +65,13 @@ def test_a_judge_that_does_not_answer_is_found_on_the_first_row(asker: Asker) ->
 
 def test_failing_calls_leave_the_part_out_and_too_many_stop_the_run(asker: Asker) -> None:
     server = asker.serve(lambda body, number: refused(400, "no") if "bad" in attempt(body) else said("Score: 1"))
-    with Scorer(asker.config(server, judge_retries=0, reward_funcs=["accuracy", "judge"]), "boxed") as scorer:
+    with Scorer(asker.config(server, retries=0, reward_funcs=["accuracy", "judge"]), "boxed") as scorer:
         texts = ["bad", *(f"fine {i}" for i in range(19))]
         scores = scorer.score(PROBLEM, PROMPT, [completion(text) for text in texts])
         assert [score.parts["judge"] for score in scores] == [None] + [1.0] * 19
         assert scores[0].reward == 0.0, "from what is left"
         assert scorer.failures["judge"].failed == 1
-        with pytest.raises(RewardError, match=r"judge failed in 2 of 21 calls; see to its endpoint\. The first .* 400"):
+        with pytest.raises(RewardError, match=r"judge failed in 2 of 21 calls; check its endpoint\. The first .* 400"):
             scorer.score(PROBLEM, PROMPT, [completion("bad too")])
 
 
@@ -83,7 +84,7 @@ def test_groups_are_judged_at_the_same_time(asker: Asker) -> None:
         return said("Score: 1")
 
     server = asker.serve(behave)
-    with Scorer(asker.config(server, judge_retries=0, judge_model="m"), "boxed") as scorer:
+    with Scorer(asker.config(server, retries=0, judge_model="m"), "boxed") as scorer:
         groups = [[completion(f"{name}{i}") for i in range(2)] for name in "ab"]
         threads = [threading.Thread(target=scorer.score, args=(PROBLEM, PROMPT, group)) for group in groups]
         for thread in threads:
@@ -155,7 +156,7 @@ def own(completions, log_metric, log_extra):
 
 
 def run_settings(server: Any, **settings: Any) -> dict[str, Any]:
-    judged = {"reward_funcs": "judge", "judge_url": server.url, "judge_cache": "cache", "judge_retries": 0}
+    judged = {"reward_funcs": "judge", "judge_url": server.url}
     return SMALL | judged | {"progress": "off", "max_steps": 3, "save_steps": 1, "eval_size": 2} | settings
 
 
@@ -197,7 +198,8 @@ def test_a_run_stops_at_its_budget_and_goes_on_with_a_larger_one(
 ) -> None:
     monkeypatch.chdir(tmp_path)
     server = asker.serve(by_text)
-    settings = run_settings(server, output_dir="run", judge_concurrency=1)
+    monkeypatch.setattr("igrpo_lite.rewards.endpoint.CONCURRENCY", 1)
+    settings = run_settings(server, output_dir="run")
     with pytest.raises(RewardError, match=r"read and written 1[0-9]0 tokens, and judge_token_budget is 100;"):
         train(resolve(settings | {"judge_token_budget": 100}))
     assert len(server.requests) == 10

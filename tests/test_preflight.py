@@ -134,7 +134,7 @@ def test_a_reward_that_fails_on_samples_is_told_of(capsys, tmp_path):
     assert re.search(r"warning: reward odd failed in \d of \d calls", out), out
     code, out, _ = run([*words, "--problems", 24, "--samples", 2], capsys)
     assert code == 3
-    assert re.search(r"error: reward .*:odd failed in \d+ of 2\d calls; mend it", out), out
+    assert re.search(r"error: reward .*:odd failed in \d+ of 2\d calls; fix it", out), out
 
 
 def test_no_control_code_of_a_data_set_reaches_the_screen(capsys, tmp_path):

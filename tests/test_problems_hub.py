@@ -47,7 +47,8 @@ def load(options):
     except DataError as error:
         return {"problems": error.problems}
     problems = [[[p.id, p.question, p.answer, sorted(p.columns)] for p in part] for part in (sets.train, sets.held_out)]
-    return {"train": problems[0], "held_out": problems[1], "lines": sets.report.lines(), "overlap": sets.report.overlap}
+    overlap = sets.report.overlaps[0].count
+    return {"train": problems[0], "held_out": problems[1], "lines": sets.report.lines(), "overlap": overlap}
 
 
 def read(*arguments):
@@ -98,11 +99,11 @@ def test_public_sets_by_name(tmp_path: Path) -> None:
     text = json.dumps(row)
     (large / "train.jsonl").write_text("\n".join(text.replace("{}", str(i)) for i in range(20_100)), encoding="utf-8")
     local = str(folder)
-    named, tested, streamed, other, big, against, plain, whole, first, bad, none = results(
+    named, tested, ranged, other, big, against, plain, whole, first, bad, none = results(
         tmp_path,
         ["load", {"data": "gsm8k"}],
         ["load", {"data": "GSM8K", "eval_data": "gsm8k", "decontaminate": ["gsm8k"]}],
-        ["load", {"data": "gsm8k", "stream_rows": 50}],
+        ["load", {"data": "openr1-math", "data_split": "train[:50]"}],
         ["load", {"eval_data": "openai/gsm8k", "max_problems": 20}],
         ["load", {"data": "openr1-math"}],
         ["load", {"data": "gsm8k", "decontaminate": ["openr1-math"]}],
@@ -125,13 +126,14 @@ def test_public_sets_by_name(tmp_path: Path) -> None:
     assert {p[0].rpartition("/")[0] for p in tested["held_out"]} == {"openai/gsm8k/test"}
     assert (len(tested["train"]), len(tested["held_out"]), tested["overlap"]) == (300, 40, 0)
     assert "no training problem is in openai/gsm8k/test" in tested["lines"]
-    assert [p[0] for p in streamed["train"][:2]] == ["openai/gsm8k/train/0", "openai/gsm8k/train/1"]
-    assert (len(streamed["train"]), len(streamed["held_out"])) == (45, 5)
-    assert "  only the first 50 rows were read (--stream-rows)" in streamed["lines"]
+    assert (len(ranged["train"]), len(ranged["held_out"])) == (45, 5)
+    assert not any("only the first" in line for line in ranged["lines"])
     assert {p[0].rpartition("/")[0] for p in other["held_out"]} == {"openai/gsm8k/test"}
     assert len(big["train"]) + len(big["held_out"]) == 20_000
     assert big["train"][0][1:] == ["0?", "0", ["answer"]]  # neither the generations nor the messages
-    assert "  only the first 20,000 rows were read (--stream-rows)" in big["lines"]
+    assert (
+        "  only the first 20,000 rows were read (--data-split 'train[:50000]' downloads all for more)" in big["lines"]
+    )
     assert "no training problem is in the first 20,000 rows of open-r1/OpenR1-Math-220k/train" in against["lines"]
     assert plain["problems"] == [
         "ChilleD/SVAMP: not in the local cache, and HF_HUB_OFFLINE forbids the download; "

@@ -19,7 +19,8 @@ from igrpo_lite.config import DataOptions
 from igrpo_lite.errors import DataError
 from igrpo_lite.problems import synthetic
 from igrpo_lite.problems.hub import explain
-from igrpo_lite.problems.loading import ProblemSets, load_problems, question_key
+from igrpo_lite.problems.loading import ProblemSets, load_problems
+from igrpo_lite.problems.mixture import question_key
 from igrpo_lite.problems.sources import data_findings
 from igrpo_lite.types import Problem
 
@@ -62,7 +63,7 @@ def assert_sound(sets: ProblemSets) -> None:
 def test_gsm8k() -> None:
     sets = load(data=str(real_data("gsm8k_train.jsonl")), eval_data=str(real_data("gsm8k_test.jsonl")))
     assert_sound(sets)
-    assert (len(sets.train), len(sets.held_out), sets.report.overlap) == (7469, 200, 4)
+    assert (len(sets.train), len(sets.held_out), sets.report.overlaps[0].count) == (7469, 200, 4)
     first = sets.train[0]
     assert (first.id, first.answer) == ("gsm8k_train/0", "72")
     assert first.question.startswith("Natalia sold clips")
@@ -107,8 +108,8 @@ def test_svamp() -> None:
 def test_minerva_and_aime() -> None:
     minerva = load(data=str(real_data("minerva_math_test.jsonl")))
     assert_sound(minerva)
-    assert minerva.report.train.answer_column == "solution"
-    assert minerva.report.train.unparsed == 0
+    assert minerva.report.parts[0].answer_column == "solution"
+    assert minerva.report.parts[0].unparsed == 0
     assert any(problem.answer == "1.6" for problem in [*minerva.train, *minerva.held_out])
     aime = load(data=str(real_data("aime24_test.jsonl")))
     assert_sound(aime)
@@ -124,9 +125,9 @@ def test_question_columns_of_the_training_set_need_not_be_those_of_the_held_out_
         answer_column="answer",
     )
     assert_sound(sets)
-    assert sets.report.held_out is not None
-    assert sets.report.held_out.question_column == "Question"  # asked for by name, case aside
-    assert sets.report.held_out.answer_column == "Answer"
+    (held_out,) = sets.report.held_out_parts
+    assert held_out.question_column == "Question"  # asked for by name, case aside
+    assert held_out.answer_column == "Answer"
 
 
 def test_synthetic() -> None:
@@ -172,7 +173,7 @@ def test_repeated_questions_are_counted(tmp_path: Path) -> None:
     ]
     sets = load(data=write(tmp_path / "a.jsonl", rows))
     assert_sound(sets)
-    assert (sets.report.train.duplicates, sets.report.train.conflicting) == (2, 1)
+    assert (sets.report.parts[0].duplicates, sets.report.parts[0].conflicting) == (2, 1)
     assert any("2 repeated questions, 1 of them with another answer" in line for line in sets.report.lines())
 
 
@@ -180,8 +181,8 @@ def test_held_out_questions_are_taken_out_of_training(tmp_path: Path) -> None:
     data, held_out = write(tmp_path / "a.jsonl", sums(30)), write(tmp_path / "b.jsonl", sums(40, start=20))
     sets = load(data=data, eval_data=held_out, eval_size=5)
     assert_sound(sets)
-    assert (len(sets.train), len(sets.held_out), sets.report.overlap) == (20, 5, 10)
-    assert any(line.startswith("left out 10 training problems") for line in sets.report.lines())
+    assert (len(sets.train), len(sets.held_out), sets.report.overlaps[0].count) == (20, 5, 10)
+    assert any(line.startswith("left out 10 training problems that are also in") for line in sets.report.lines())
     whole = write(tmp_path / "c.jsonl", sums(30))
     assert "a.jsonl: every question of it is also in c.jsonl" in refused(data=data, eval_data=whole)[0]
     assert load(data=data, eval_data=data).held_out == load(data=data).held_out
@@ -193,21 +194,21 @@ def test_files_of_one_name_get_different_ids(tmp_path: Path) -> None:
         data=write(tmp_path / "math.jsonl", sums(9)), eval_data=write(tmp_path / "held" / "math.jsonl", sums(9, 50))
     )
     assert_sound(sets)
-    assert sets.held_out[0].id.startswith("math-held-out/")
+    assert sets.held_out[0].id.startswith("math-2/")
 
 
 def test_rows_without_an_answer_are_counted(tmp_path: Path) -> None:
     rows: list[Any] = [*sums(20), {"question": "a"}, {"question": "b", "answer": None}, {"question": "c", "answer": ""}]
     sets = load(data=write(tmp_path / "a.jsonl", [*rows, {"question": "d", "answer": [1, 2]}]))
     assert_sound(sets)
-    assert sets.report.train.unparsed == 4
-    assert sets.report.train.unparsed_examples[0] == "a.jsonl:21 (empty)"
+    assert sets.report.parts[0].unparsed == 4
+    assert sets.report.parts[0].unparsed_examples[0] == "a.jsonl:21 (empty)"
     assert any("4 rows without a readable gold answer" in line and "and 1 more" in line for line in sets.report.lines())
 
 
 def test_a_row_with_several_gold_answers_is_shown_with_them(tmp_path: Path) -> None:
     sets = load(data=write(tmp_path / "a.jsonl", [*sums(20), {"question": "d", "answer": [1, 2]}]))
-    assert sets.report.train.unparsed_examples == ["a.jsonl:21 `[1, 2]`"]
+    assert sets.report.parts[0].unparsed_examples == ["a.jsonl:21 `[1, 2]`"]
 
 
 def test_no_answer_at_all(tmp_path: Path) -> None:
@@ -226,11 +227,11 @@ def test_bad_rows(tmp_path: Path) -> None:
     assert findings[1:] == [
         "a.jsonl:22: no question in column question",
         "a.jsonl:23: column question holds int, not text or a conversation",
-        "a.jsonl: 3 of 23 rows cannot be read; mend them, or go on without them with --max-bad-rows 3",
+        "a.jsonl: 3 of 23 rows cannot be read; fix them, or go on without them with --max-bad-rows 3",
     ]
     sets = load(data=data, max_bad_rows=3)
     assert_sound(sets)
-    assert len(sets.report.train.bad_rows) == 3
+    assert len(sets.report.parts[0].bad_rows) == 3
     assert any("left out 3 unreadable rows: a.jsonl:21" in line for line in sets.report.lines())
 
 

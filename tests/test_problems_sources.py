@@ -112,13 +112,12 @@ def test_an_existing_file_is_one_source_whatever_its_name(tmp_path: Path) -> Non
         ({"data": "gsm8k="}, "the path after = is missing"),
         ({"data": "gsm8k=nowhere.jsonl"}, "data: nowhere.jsonl: no such file"),
         ({"data": "gsm8k=folder"}, "data: folder: no split train of gsm8k in this folder; it has test"),
-        ({"data": "svamp=empty"}, "looked for train.jsonl, svamp_train.jsonl and the like"),
+        ({"data": "svamp=empty"}, "it needs train.jsonl, svamp_train.jsonl or the like"),
         ({"data": "gsm8k=folder", "data_split": "test", "eval_split": "train"}, "eval_split: folder: no split train"),
         ({"data": "gsm8k,svamp", "data_config": "main"}, "data_config: a mixture takes each set's own configuration"),
         ({"data": "gsm8k,svamp", "data_split": "test"}, "data_split: a mixture takes each set's training split"),
         ({"data": "gsm8k,svamp", "eval_split": "test"}, "eval_split: a mixture has no splits of its own"),
         ({"data": "gsm8k,svamp", "answer_column": "x"}, "answer_column: the columns of every set in the mixture are"),
-        ({"data": "two-step", "stream_rows": 5}, "stream_rows: only hub data sets are streamed, not two-step"),
         ({"eval_data": "gsm8k=folder,two-step", "eval_split": "train"}, "eval_data: folder: no split train"),
         ({"decontaminate": ["math-500", "aime"]}, "decontaminate: aime is no synthetic set"),
         ({"decontaminate": ["gsm8k:2"]}, "decontaminate: gsm8k:2: a weight means nothing here"),
@@ -190,15 +189,15 @@ def test_both_splits_of_a_folder_are_found() -> None:
     folder = real_data("gsm8k_train.jsonl").parent
     real_data("SVAMP.json"), real_data("minerva_math_test.jsonl")
     sets = load(data=f"gsm8k={folder}", eval_data=f"gsm8k={folder}", eval_size=2000)
-    assert (sets.report.train.rows, len(sets.held_out)) == (7473, 1319)
+    assert (sets.report.parts[0].rows, len(sets.held_out)) == (7473, 1319)
     assert sets.train[0].id == "gsm8k/train/0"
     assert {problem.id.rpartition("/")[0] for problem in sets.held_out} == {"gsm8k/test"}
     assert sets.held_out == load(data=f"gsm8k={folder}", eval_split="test", eval_size=2000).held_out
     assert len(load(data=f"gsm8k={folder}").held_out) == 200  # rows of the training split
-    assert load(data=f"gsm8k={folder}", data_split="test").report.train.rows == 1319
+    assert load(data=f"gsm8k={folder}", data_split="test").report.parts[0].rows == 1319
     svamp = load(data=f"svamp={folder}", eval_data=f"svamp={folder}")  # one file for all splits: rows are held out
-    assert (len(svamp.train), len(svamp.held_out), svamp.report.held_out) == (900, 100, None)
-    assert load(data=f"minerva={folder}").report.train.rows == 272  # no training split: the one there is
+    assert (len(svamp.train), len(svamp.held_out), svamp.report.held_out_parts) == (900, 100, [])
+    assert load(data=f"minerva={folder}").report.parts[0].rows == 272  # no training split: the one there is
 
 
 def test_the_one_split_of_a_set_to_evaluate_on_goes_by_any_name(tmp_path: Path) -> None:

@@ -118,12 +118,12 @@ def test_random_is_uniform_repeatable_and_blind() -> None:
 
 def test_the_scorer_hands_each_what_it_needs(scorer: Any) -> None:
     names = ("soft_overlong", "cosine", "repetition", "random")
-    built = scorer(*names, max_completion_length=100, overlong_buffer=40, repetition_ngram=2, seed=5)
+    built = scorer(*names, max_completion_length=100, overlong_buffer=40, seed=5)
     assert built.weights == (1.0,) * 4
     assert not built.in_worker
     assert not built.failures
     built.check(PROBLEM)
-    completions = [of_length(80), of_length(50, WRONG), of_length(100, "so so so so")]
+    completions = [of_length(80), of_length(50, WRONG), of_length(100, "so so so so so")]
     scores = built.score(PROBLEM, PROMPT, completions)
     assert [score.parts["soft_overlong"] for score in scores] == [-0.5, 0.0, -1.0]
     assert [score.parts["cosine"] for score in scores] == [

@@ -17,7 +17,7 @@ from safetensors.torch import load_file
 from tiny_parts import SMALL, small_config
 
 from igrpo_lite.errors import RunFolderError
-from igrpo_lite.evaluation.intervals import wilson
+from igrpo_lite.evaluation.statistics import wilson
 from igrpo_lite.settings import load_file as load_settings
 from igrpo_lite.settings import resolve
 from igrpo_lite.training import train

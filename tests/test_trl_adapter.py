@@ -35,8 +35,8 @@ from trl_parts import (
 )
 
 from igrpo_lite.algorithms.drafts import choose_draft
+from igrpo_lite.answers import find_answer
 from igrpo_lite.config import RolloutOptions
-from igrpo_lite.rewards import find_answer
 from igrpo_lite.tiny import MODEL_DIR
 from igrpo_lite.types import Completion, Score
 

@@ -13,8 +13,8 @@ from datasets import Dataset
 from peft import LoraConfig
 from transformers import AutoTokenizer
 
+from igrpo_lite.answers import verdict
 from igrpo_lite.problems import synthetic
-from igrpo_lite.rewards import verdict
 from igrpo_lite.tiny import MODEL_DIR
 from igrpo_lite.trl import IGRPOConfig, IGRPOTrainer
 

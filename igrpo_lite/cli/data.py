@@ -9,9 +9,9 @@ from cyclopts import App, Parameter
 from igrpo_lite.cli.flags import COMMAND, UNTRAINED, checked, settings_flags
 from igrpo_lite.errors import DataError
 
-_SETTINGS = ("data_config", "data_split", "question_column", "answer_column", "stream_rows", "max_bad_rows")
+_SETTINGS = ("data_config", "data_split", "question_column", "answer_column", "max_bad_rows")
 _STREAMED = 200
-"""Rows that ``show`` reads of a set too large to be downloaded for a look."""
+"""Rows that ``show`` reads of a very large set."""
 
 
 def app() -> App:
@@ -57,10 +57,8 @@ def show(
 
     findings: list[str] = []
     for part in train_sources(config):
-        large = part.known is not None and part.known.large and config.stream_rows is None
-        options = config.model_copy(update={"stream_rows": _STREAMED}) if large and part.kind == "hub" else config
         try:
-            problems, report = load_source(part, options)
+            problems, report = load_source(part, config, streamed_rows=_STREAMED)
         except DataError as error:
             findings += error.problems
             continue

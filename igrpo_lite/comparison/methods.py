@@ -26,7 +26,7 @@ RESERVED = frozenset({"algorithm", "seed", "output_dir", *_OURS})
 
 _LONGEST_NAME = 150
 _HELD_OUT = ("eval_data", "eval_split", "eval_size")
-_HELD_OUT_OF_DATA = ("data", "data_config", "data_split", "question_column", "answer_column", "stream_rows")
+_HELD_OUT_OF_DATA = ("data", "data_config", "data_split", "question_column", "answer_column")
 
 Find = Callable[[str], Path]
 """Finds a recipe's file; raises :class:`ConfigError` if there is none."""

@@ -6,8 +6,8 @@ import statistics
 from collections.abc import Iterable, Sequence
 from typing import Any
 
-from igrpo_lite.comparison.intervals import interpolated, over_seeds, over_seeds_and_problems
 from igrpo_lite.comparison.runs import MEASURES, Run
+from igrpo_lite.evaluation.statistics import interpolated, over_seeds, over_seeds_and_problems
 
 COSTS = ("rollouts", "sampled_tokens", "learning_tokens", "backbone_tokens", "seconds")
 

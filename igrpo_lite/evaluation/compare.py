@@ -12,7 +12,7 @@ from igrpo_lite.config import RunConfig
 from igrpo_lite.errors import ConfigError, DataError
 from igrpo_lite.evaluation.evaluate import Answered, Evaluation, Sampling, evaluate
 from igrpo_lite.evaluation.few_shot import worked_examples
-from igrpo_lite.evaluation.intervals import PairedChange, paired_change
+from igrpo_lite.evaluation.statistics import PairedChange, paired_change
 from igrpo_lite.policy.loading import load_policy
 from igrpo_lite.policy.prompting import check_context, fitting, prompt_builder
 from igrpo_lite.problems.loading import ProblemSets, load_problems

@@ -14,8 +14,7 @@ from typing import Any, Literal, NamedTuple
 
 from igrpo_lite.answers.answers import EXPLICIT, Verdict, verdict
 from igrpo_lite.answers.checker import AnswerChecker
-from igrpo_lite.evaluation.intervals import mean_estimate, wilson
-from igrpo_lite.evaluation.statistics import Judge, compared, majority, pass_at_k, powers_of_two
+from igrpo_lite.evaluation.statistics import Judge, compared, majority, mean_estimate, pass_at_k, powers_of_two, wilson
 from igrpo_lite.prompts import PromptBuilder
 from igrpo_lite.sampling.base import Request, Sampler, request_seed
 from igrpo_lite.types import Completion, Problem

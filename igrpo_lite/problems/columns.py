@@ -1,4 +1,4 @@
-"""Which columns hold the question and the gold answer, and how a row's values become text."""
+"""The columns with the question and the gold answer, and the values of a row as text."""
 
 from __future__ import annotations
 
@@ -12,25 +12,25 @@ from igrpo_lite.errors import DataError
 from igrpo_lite.problems.files import Row
 
 JOINED: tuple[tuple[str, str, str], ...] = (("body", "question", " "), ("instruction", "input", "\n"))
-"""Pairs of columns that make one question together, with what stands between them (SVAMP; Alpaca-like sets)."""
+"""Pairs of columns that make one question together, and the separator (SVAMP; Alpaca-like sets)."""
 
 QUESTION_NAMES: tuple[str, ...] = (
     *("question", "problem", "prompt", "query", "instruction", "input"),
     *("question_text", "problem_text", "problem_statement", "question_content", "messages"),
 )
-"""Names that are taken for the question, best first; case does not matter."""
+"""Names of question columns, best first; case does not matter."""
 
 ANSWER_NAMES: tuple[str, ...] = (
     *("answer", "final_answer", "gold_answer", "ground_truth", "gold", "reference_answer", "correct_answer"),
     *("expected_answer", "target", "label", "solution", "output", "response", "answers", "reward_model"),
 )
-"""Names that are taken for the gold answer, best first; case does not matter. ``answer`` stands before ``solution``
-because a bare answer needs no cutting; ``reward_model`` is verl's, an object with ``ground_truth``."""
+"""Names of answer columns, best first; case does not matter. ``reward_model`` is verl's, an object with
+``ground_truth``."""
 
 
 @dataclass(frozen=True, slots=True)
 class Columns:
-    """The chosen columns: one or two that make the question, the text between these, and the one with the answer."""
+    """The chosen columns: one or two of the question, the separator between these, and the one of the answer."""
 
     question: tuple[str, ...]
     answer: str
@@ -38,7 +38,7 @@ class Columns:
 
     @property
     def question_text(self) -> str:
-        """The question's columns as shown on the screen and accepted by ``--question-column``."""
+        """The question's columns as ``--question-column`` takes them."""
         return "+".join(self.question)
 
 
@@ -57,7 +57,7 @@ def choose_columns(
     Raises:
         DataError: a column asked for does not exist, or none has a name that is known; both findings at once.
     """
-    present: dict[str, bool] = {}
+    present: dict[str, bool] = {}  # column: whether any row has a value in it
     for row in rows:
         for name, value in row.values.items():
             present[name] = present.get(name, False) or not _empty(value)
@@ -98,8 +98,10 @@ def question_of(values: Mapping[str, Any], columns: Columns) -> str:
     question = columns.separator.join(part for part in parts if part)
     if not question:
         raise ValueError(f"no question in column {columns.question_text}")
-    if _broken(question) or _broken(answer_text(values.get(columns.answer)) or ""):
-        raise ValueError("half of a surrogate pair (like \\ud83d) in its text, which is no character")
+    try:
+        f"{question}{answer_text(values.get(columns.answer))}".encode()
+    except UnicodeEncodeError:
+        raise ValueError("half of a surrogate pair (like \\ud83d), which is not a character") from None
     return question
 
 
@@ -117,7 +119,7 @@ def conversation_of(values: Mapping[str, Any], columns: Columns) -> list[dict[st
 
 
 def transcript(messages: Sequence[Mapping[str, str]]) -> str:
-    """Messages as plain text, one after the other: a system message as it is, the others after the speaker's role."""
+    """Messages as plain text: a system message as it is, the others after the speaker's role."""
     lines = [
         turn["content"] if turn["role"] == "system" else f"{turn['role'].capitalize()}: {turn['content']}"
         for turn in messages
@@ -138,7 +140,7 @@ def answer_text(value: Any) -> str | None:
 
 
 def jsonable(value: Any) -> Any:
-    """The value in types that JSON has: unknown ones become text, bytes their length, NaN and infinity ``None``."""
+    """The value in JSON's types: bytes become their length, NaN and infinity ``None``, other types text."""
     if value is None or isinstance(value, str | bool | int):
         return value
     if isinstance(value, float):
@@ -152,14 +154,6 @@ def jsonable(value: Any) -> Any:
     return str(value)
 
 
-def _broken(text: str) -> bool:
-    try:
-        text.encode("utf-8")
-    except UnicodeEncodeError:
-        return True
-    return False
-
-
 def _empty(value: Any) -> bool:
     if isinstance(value, str):
         return not value.strip()
@@ -167,10 +161,10 @@ def _empty(value: Any) -> bool:
 
 
 def _find_question(present: Mapping[str, bool]) -> tuple[tuple[str, ...], str]:
-    for first, second, separator in JOINED:
-        pair = (_find_named((first,), present), _find_named((second,), present))
-        if pair[0] is not None and pair[1] is not None:
-            return (pair[0], pair[1]), separator
+    for *pair, separator in JOINED:
+        names = [name for part in pair if (name := _find_named((part,), present)) is not None]
+        if len(names) == 2:
+            return tuple(names), separator
     name = _find_named(QUESTION_NAMES, present)
     return ((name,) if name is not None else ()), " "
 
@@ -181,14 +175,12 @@ def _find_named(names: Sequence[str], present: Mapping[str, bool]) -> str | None
 
 
 def _given_question(source: str, asked: str, present: Mapping[str, bool]) -> tuple[tuple[str, ...], str, list[str]]:
-    whole = _exact(asked, present)
-    parts = [asked] if whole is not None else [part.strip() for part in asked.split("+")]
-    found = {part: _exact(part, present) for part in parts}
-    missing = [_missing(source, "question", part, present) for part, name in found.items() if name is None]
-    question = tuple(name for name in found.values() if name is not None)
+    parts = [asked] if _exact(asked, present) else [part.strip() for part in asked.split("+")]
+    found = [(part, _exact(part, present)) for part in parts]
+    missing = [_missing(source, "question", part, present) for part, name in found if name is None]
+    question = tuple(name for _, name in found if name is not None)
     lower = tuple(name.lower() for name in question)
-    separator = next((between for first, second, between in JOINED if (first, second) == lower), " ")
-    return question, separator, missing
+    return question, next((between for *pair, between in JOINED if tuple(pair) == lower), " "), missing
 
 
 def _exact(asked: str, present: Mapping[str, bool]) -> str | None:

@@ -1,16 +1,16 @@
 """Rows of one local file: JSONL, JSON, CSV, TSV or parquet.
 
-Text files are read with the standard library, not with ``datasets``, so that a broken line can be named by its number.
+Text files are read with the standard library, not with ``datasets``, which names neither the line of a broken row nor
+the reason, and stops at the first.
 """
 
 from __future__ import annotations
 
-import codecs
 import csv
 import difflib
 import io
 import json
-from collections.abc import Callable, Collection, Iterator
+from collections.abc import Collection, Iterator
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -21,12 +21,11 @@ SUFFIXES = (".jsonl", ".ndjson", ".json", ".csv", ".tsv", ".parquet")
 """Suffixes of the files that can be read."""
 
 _SHOWN = 5
-_UTF16 = (codecs.BOM_UTF16_LE, codecs.BOM_UTF16_BE)
 
 
 @dataclass(frozen=True, slots=True)
 class Row:
-    """One row: its place among all rows of the table (from 0), where a person finds it, and its values by column."""
+    """One row: its index in the table, from 0; the place to show a person; its values by column."""
 
     index: int
     where: str
@@ -52,13 +51,12 @@ class Table:
     skipped: Collection[str] = ()
 
     def add(self, where: str, value: Any) -> None:
-        """Append a row, or note it as a bad one when it is not an object with columns."""
-        if isinstance(value, dict):
-            kept = {name: cell for name, cell in value.items() if name not in self.skipped} if self.skipped else value
-            self.rows.append(Row(self.total, where, kept))
-            self.total += 1
-        else:
-            self.refuse(where, f"the row is {_kind(value)}, not an object with columns")
+        """Append a row; what is not an object with columns is a bad one."""
+        if not isinstance(value, dict):
+            return self.refuse(where, f"the row is {json.dumps(value)[:40]}, not an object with columns")
+        kept = {name: cell for name, cell in value.items() if name not in self.skipped} if self.skipped else value
+        self.rows.append(Row(self.total, where, kept))
+        self.total += 1
 
     def refuse(self, where: str, reason: str) -> None:
         """Note a row that cannot be read."""
@@ -81,7 +79,15 @@ def read_file(path: Path, max_bad_rows: int = 0, skipped: Collection[str] = ()) 
         raise DataError(findings)
     table = Table(path.name, skipped=skipped)
     try:
-        _READERS[path.suffix.lower()](path, table)
+        match path.suffix.lower():
+            case ".jsonl" | ".ndjson":
+                _read_lines(path, table)
+            case ".json":
+                _read_json(path, table)
+            case ".parquet":
+                _read_parquet(path, table)
+            case _:
+                _read_csv(path, table)
     except OSError as error:
         raise DataError(f"{path}: cannot be read: {error.strerror or error}") from error
     if not table.total:
@@ -97,13 +103,14 @@ def refuse_bad_rows(table: Table, max_bad_rows: int) -> None:
         return
     shown = f", the first {_SHOWN} are named above" if count > _SHOWN else ""
     total = f"{table.name}: {count} of {table.total} rows cannot be read{shown}"
+    advice = f"; fix them, or go on without them with --max-bad-rows {count}"
     if count == table.total:
-        raise DataError([*table.bad[:_SHOWN], f"{total}; is it really in the format its name says?"])
-    raise DataError([*table.bad[:_SHOWN], f"{total}; mend them, or go on without them with --max-bad-rows {count}"])
+        advice = "; is it in the format that its name says (.jsonl: one object per line), as UTF-8?"
+    raise DataError([*table.bad[:_SHOWN], total + advice])
 
 
 def file_findings(path: Path) -> list[str]:
-    """What is wrong with a data file as far as a look at the folder tells; empty when nothing is."""
+    """What is wrong with a data file as far as its name and size tell; empty when nothing is."""
     known = ", ".join(SUFFIXES)
     if path.is_dir():
         inside = _data_files(path)
@@ -113,14 +120,12 @@ def file_findings(path: Path) -> list[str]:
         return [f"{path}: no such file{_nearest(path)}"]
     if path.suffix.lower() not in SUFFIXES:
         return [f"{path}: the suffix `{path.suffix}` is not known; the file must be one of {known}"]
-    if path.stat().st_size == 0:
-        return [f"{path}: the file is empty"]
-    return []
+    return [f"{path}: the file is empty"] if path.stat().st_size == 0 else []
 
 
 def _nearest(path: Path) -> str:
-    folder = next(parent for parent in path.absolute().parents if parent.is_dir())
-    if folder != path.absolute().parent:
+    folder = path.absolute().parent
+    if not folder.is_dir():
         return f"; the folder {path.parent} does not exist"
     names = _data_files(folder)
     near = difflib.get_close_matches(path.name, names, n=3, cutoff=0.4)
@@ -137,80 +142,44 @@ def _data_files(folder: Path) -> list[str]:
 
 
 def _read_lines(path: Path, table: Table) -> None:
-    with path.open("rb") as file:  # bytes: only \n ends a line; text mode would hide which line is not UTF-8
+    with path.open("rb") as file:  # bytes: only \n ends a line, and a line that is not UTF-8 can be named
         for number, line in enumerate(file, 1):
-            if number == 1:
-                _refuse_utf16(path, line)
-                line = line.removeprefix(codecs.BOM_UTF8)
-            if line.strip():
-                _read_line(f"{path.name}:{number}", line, table)
-    if table.bad and not table.rows and _is_json_document(path):
-        raise DataError(f"{path}: is one JSON value over several lines, not one object per line; rename it to .json")
-
-
-def _read_line(where: str, line: bytes, table: Table) -> None:
-    try:
-        table.add(where, json.loads(line.decode("utf-8")))
-    except UnicodeDecodeError as error:
-        table.refuse(where, f"not UTF-8 (byte 0x{line[error.start]:02x} at position {error.start + 1} of the line)")
-    except json.JSONDecodeError as error:
-        table.refuse(where, f"not JSON: {error.msg} (column {error.colno})")
-    except (ValueError, RecursionError) as error:
-        table.refuse(where, _too_much(error))
-
-
-def _is_json_document(path: Path) -> bool:
-    try:
-        json.loads(path.read_bytes())
-    except (ValueError, RecursionError):
-        return False
-    return True
+            if not line.strip():
+                continue
+            where = f"{path.name}:{number}"
+            try:
+                table.add(where, json.loads(line.decode("utf-8-sig")))
+            except UnicodeDecodeError as error:
+                byte = f"0x{error.object[error.start]:02x} at position {error.start + 1} of the line"
+                table.refuse(where, f"not UTF-8 (byte {byte})")
+            except (ValueError, RecursionError) as error:
+                table.refuse(where, _not_json(error))
 
 
 def _read_json(path: Path, table: Table) -> None:
     text = _text(path)
-    if not text.strip():
-        raise DataError(f"{path}: the file is empty")
     try:
         document = json.loads(text)
     except json.JSONDecodeError as error:
         if error.msg == "Extra data" and text.lstrip().startswith("{"):  # JSON lines are often named .json
             return _read_lines(path, table)
-        raise DataError(f"{path.name}:{error.lineno}: not JSON: {error.msg} (column {error.colno})") from error
+        raise DataError(f"{path.name}:{error.lineno}: {_not_json(error)}") from error
     except (ValueError, RecursionError) as error:
-        raise DataError(f"{path}: {_too_much(error)}") from error
-    for number, value in enumerate(_document_rows(path, document), 1):
+        raise DataError(f"{path}: {_not_json(error)}") from error
+    lists = [document] if isinstance(document, list) else []
+    if isinstance(document, dict):
+        lists = [value for value in document.values() if isinstance(value, list)]
+        lists = [document["data"]] if isinstance(document.get("data"), list) else lists
+    if len(lists) != 1:
+        raise DataError(f'{path}: must hold a list of objects, or one such list in an object, like {{"data": [...]}}')
+    for number, value in enumerate(lists[0], 1):
         table.add(f"{path.name}, row {number}", value)
 
 
-def _too_much(error: Exception) -> str:
-    """Why Python does not read what is JSON; of digits it reads 4,300, since the time grows with their square."""
-    return "nested too deeply" if isinstance(error, RecursionError) else "a number of more than 4,300 digits"
-
-
-def _document_rows(path: Path, document: Any) -> list[Any]:
-    if isinstance(document, list):
-        return document
-    if isinstance(document, dict):
-        lists = {name: value for name, value in document.items() if isinstance(value, list)}
-        of_objects = [name for name, value in lists.items() if value and all(isinstance(row, dict) for row in value)]
-        if "data" in lists and (len(document) == 1 or "data" in of_objects):
-            return lists["data"]
-        if len(lists) == len(document) > 1 or (len(document) == 1 and lists and not of_objects):
-            return _transpose(path, lists)
-        if len(of_objects) == 1:
-            return lists[of_objects[0]]
-    raise DataError(
-        f'{path}: holds {_kind(document)}; it must be a list of objects, {{"data": [objects]}}, or lists by column name'
-    )
-
-
-def _transpose(path: Path, columns: dict[str, list[Any]]) -> list[dict[str, Any]]:
-    sizes = {name: len(values) for name, values in columns.items()}
-    if len(set(sizes.values())) > 1:
-        listed = ", ".join(f"{name} {size}" for name, size in sizes.items())
-        raise DataError(f"{path}: its columns have different lengths ({listed}), so the rows cannot be told")
-    return [dict(zip(columns, values, strict=True)) for values in zip(*columns.values(), strict=True)]
+def _not_json(error: Exception) -> str:
+    if isinstance(error, json.JSONDecodeError):
+        return f"not JSON: {error.msg} (column {error.colno})"
+    return "not JSON: nested too deeply" if isinstance(error, RecursionError) else f"not JSON: {error}"
 
 
 def _read_csv(path: Path, table: Table) -> None:
@@ -220,7 +189,10 @@ def _read_csv(path: Path, table: Table) -> None:
     header: list[str] | None = None
     for where, cells in _csv_rows(path, text, table):
         if header is None:
-            header = _header(path, cells)
+            header = [cell.strip() for cell in cells]
+            twice = sorted({name for name in header if name and header.count(name) > 1})
+            if twice:
+                raise DataError(f"{path}: the header names {', '.join(twice)} more than once; column names must differ")
         elif len(cells) != len(header):
             table.refuse(where, f"{len(cells)} fields where the header has {len(header)}")
         else:
@@ -229,8 +201,11 @@ def _read_csv(path: Path, table: Table) -> None:
 
 
 def _csv_rows(path: Path, text: str, table: Table) -> Iterator[tuple[str, list[str]]]:
-    # strict: otherwise a quote that is never closed swallows the rest of the file into one field, silently.
-    reader = csv.reader(io.StringIO(text, newline=""), delimiter=_delimiter(path, text), strict=True)
+    first = text.lstrip().partition("\n")[0]
+    # Spreadsheets write semicolons where the comma is the decimal sign.
+    delimiter = "\t" if path.suffix.lower() == ".tsv" else ";" if ";" in first and "," not in first else ","
+    # strict: otherwise a quote that is never closed silently swallows the rest of the file into one field.
+    reader = csv.reader(io.StringIO(text, newline=""), delimiter=delimiter, strict=True)
     while True:
         line = reader.line_num + 1
         try:
@@ -246,43 +221,19 @@ def _csv_rows(path: Path, text: str, table: Table) -> Iterator[tuple[str, list[s
                 yield f"{path.name}:{line}", cells
 
 
-def _delimiter(path: Path, text: str) -> str:
-    if path.suffix.lower() == ".tsv":
-        return "\t"
-    header = text.lstrip().partition("\n")[0]
-    return ";" if ";" in header and "," not in header else ","  # what spreadsheets write where the comma is decimal
-
-
-def _header(path: Path, cells: list[str]) -> list[str]:
-    names = [cell.strip() for cell in cells]
-    twice = sorted({name for name in names if name and names.count(name) > 1})
-    if twice:
-        raise DataError(f"{path}: the header names {', '.join(twice)} more than once; column names must differ")
-    return names
-
-
 def _text(path: Path) -> str:
     data = path.read_bytes()
-    _refuse_utf16(path, data)
     try:
         return data.decode("utf-8-sig")
     except UnicodeDecodeError as error:
-        line = data.count(b"\n", 0, error.start) + 1
-        byte = data[error.start]
+        line, byte = data.count(b"\n", 0, error.start) + 1, data[error.start]
         raise DataError(f"{path.name}:{line}: not UTF-8 (byte 0x{byte:02x}); save the file as UTF-8") from error
 
 
-def _refuse_utf16(path: Path, data: bytes) -> None:
-    if data.startswith(_UTF16):
-        raise DataError(f"{path}: is UTF-16 (Windows PowerShell writes that); save the file as UTF-8")
-
-
 def _read_parquet(path: Path, table: Table) -> None:
-    try:
-        import pyarrow
-        from pyarrow import parquet
-    except ImportError as error:
-        raise DataError(f"{path}: parquet needs pyarrow: pip install pyarrow") from error
+    import pyarrow
+    from pyarrow import parquet
+
     try:
         with parquet.ParquetFile(path) as file:
             names = [name for name in file.schema_arrow.names if name not in table.skipped]
@@ -292,27 +243,3 @@ def _read_parquet(path: Path, table: Table) -> None:
     except (pyarrow.ArrowException, ValueError) as error:
         reason = str(error).partition("\n")[0]
         raise DataError(f"{path}: is not a readable parquet file: {reason}") from error
-
-
-def _kind(value: Any) -> str:
-    if value is None:
-        return "null"
-    names = {
-        dict: "an object",
-        list: "a list",
-        str: "a text",
-        bool: "true or false",
-        int: "a number",
-        float: "a number",
-    }
-    return names.get(type(value), f"a {type(value).__name__}")
-
-
-_READERS: dict[str, Callable[[Path, Table], None]] = {
-    ".jsonl": _read_lines,
-    ".ndjson": _read_lines,
-    ".json": _read_json,
-    ".csv": _read_csv,
-    ".tsv": _read_csv,
-    ".parquet": _read_parquet,
-}

@@ -1,4 +1,4 @@
-"""Gold answers of public sets, whose form is known, out of a row's value."""
+"""Gold answers out of the values of a row."""
 
 from __future__ import annotations
 
@@ -16,7 +16,7 @@ _DOLLARS = re.compile(r"\$([^$]+)\$")
 
 
 def read_gold(value: Any, form: Form | None) -> str | None:
-    """The gold answer in a row's ``value``, or ``None`` when it has none. ``form`` is ``None`` where it is unknown."""
+    """The gold answer in a row's ``value``; ``None`` when it has none. ``form`` is ``None`` where it is not known."""
     text = answer_text(value[0] if form == "list0" and isinstance(value, list | tuple) and value else value)
     if text is None:
         return None
@@ -36,7 +36,7 @@ def read_gold(value: Any, form: Form | None) -> str | None:
 
 
 def _whole(text: str) -> str | None:
-    """``145.0`` is 145 and ``033`` is 33; 0.5 stays as it is; what is no finite number is no answer."""
+    """``145.0`` is 145 and ``033`` is 33; 0.5 stays; what is not a finite number is not an answer."""
     try:
         number = float(text.replace(",", ""))
     except ValueError:

@@ -1,15 +1,14 @@
-"""From data settings to training and held-out problems, with an account of every row that was left out."""
+"""From data settings to training and held-out problems, with a report on every row that was left out."""
 
 from __future__ import annotations
 
-import itertools
 from collections.abc import Sequence
 from dataclasses import dataclass
 
 from igrpo_lite.config import DataOptions, ModelOptions, RolloutOptions
 from igrpo_lite.errors import DataError
-from igrpo_lite.problems.decontamination import split_known
-from igrpo_lite.problems.mixture import drawn, drawn_in_order, question_key, shares
+from igrpo_lite.problems.decontamination import NGRAM, split_known
+from igrpo_lite.problems.mixture import drawn, drawn_in_order, shares
 from igrpo_lite.problems.reading import load_questions, load_source
 from igrpo_lite.problems.sources import (
     Source,
@@ -21,14 +20,15 @@ from igrpo_lite.problems.sources import (
 from igrpo_lite.problems.summary import LoadReport, SourceReport
 from igrpo_lite.types import Problem
 
-__all__ = ["ProblemSets", "data_findings", "load_problems", "load_source", "question_key"]
-
 _IN_QWEN_MATH = ("math500", "math", "hendrycks-math")
+
+Parts = list[list[Problem]]
+"""Problems by source."""
 
 
 @dataclass(frozen=True, slots=True)
 class ProblemSets:
-    """Problems to train on and problems never trained on, which share no question; and how they came about."""
+    """Problems to train on and problems to evaluate on, which share no question; and the report on loading them."""
 
     train: list[Problem]
     held_out: list[Problem]
@@ -38,9 +38,8 @@ class ProblemSets:
 def load_problems(options: DataOptions, seed: int) -> ProblemSets:
     """Load the training and the held-out problems.
 
-    In this order: every source is read; held-out problems are drawn, where they have no source of their own; what the
-    held-out set or one of ``decontaminate`` knows is taken out of training; a mixture is cut to its shares and to
-    ``max_problems``.
+    In this order: read every source; hold problems out, where they have no source of their own; take what the held-out
+    set or one of ``decontaminate`` contains out of training; cut a mixture to its shares and to ``max_problems``.
 
     Held-out problems are the same whatever the seed, the order of the rows and ``max_problems``: a hash of the question
     chooses them. The seed only draws which training problems are used where not all are (of a synthetic set alone:
@@ -57,39 +56,42 @@ def load_problems(options: DataOptions, seed: int) -> ProblemSets:
     if findings:
         raise DataError(findings)
     trained, others = train_sources(options), held_out_sources(options)
-    prefixes = _id_prefixes(trained, others)
+    prefixes = _id_prefixes([*trained, *others])
     parts, reports = _load(trained, prefixes, options, findings)
     held_parts, held_reports = _load(others, prefixes[len(trained) :], options, findings)
-    known = _known(options, findings)
+    known = []
+    for source in decontamination_sources(options):
+        try:
+            known.append(load_questions(source, options))
+        except DataError as error:
+            findings.extend(error.problems)
     findings += _unfound_columns(options, reports) if len(trained) > 1 and not findings else []
     if findings:
         raise DataError(findings)
     report = LoadReport(reports, held_reports, notes=_notes(options, trained, others))
     if others:
-        everywhere = _named_questions(held_parts), " and ".join(part.name for part in held_reports)
+        name = " and ".join(part.name for part in held_reports)
         held_out, report.held_out_used = _mixed(others, held_parts, options.eval_size, "held out")
     else:
+        name = "the problems held out"
         parts, held_parts = _hold_out(trained, parts, options.eval_size)
-        everywhere = _named_questions(held_parts), "the problems held out"
         held_out, report.held_out_used = _joined(held_parts), [len(part) for part in held_parts]
     # All questions of the held-out source, not only the eval_size used now: a later evaluation may use more of them.
+    questions = [(problem.id, problem.question) for problem in _joined(held_parts)]
     # Rows of one file, and problems made by one rule, share phrases without being one another.
     related = not others or all(source.kind == "synthetic" for source in (*trained, *others))
-    parts = _without_known(parts, *everywhere, 0 if related else options.decontaminate_ngram, report)
+    parts = _without_known(parts, questions, name, not related, report)
     for questions, name in known:
-        parts = _without_known(parts, questions, name, options.decontaminate_ngram, report)
+        parts = _without_known(parts, questions, name, True, report)
     train, report.used = _mixed(trained, parts, options.max_problems, f"train {seed}")
     report.train_size, report.held_out_size = len(train), len(held_out)
     return ProblemSets(train, drawn(held_out, len(held_out), "held out"), report)
 
 
 def _load(
-    sources: Sequence[Source],
-    prefixes: Sequence[str | None],
-    options: DataOptions,
-    findings: list[str],
-) -> tuple[list[list[Problem]], list[SourceReport]]:
-    """The problems of each source, a question that several have in the first of them only."""
+    sources: Sequence[Source], prefixes: Sequence[str | None], options: DataOptions, findings: list[str]
+) -> tuple[Parts, list[SourceReport]]:
+    """The problems of each source; a question of several sources belongs to the first."""
     seen: dict[str, Problem] = {}
     parts, reports = [], []
     for source, prefix in zip(sources, prefixes, strict=False):
@@ -114,7 +116,7 @@ def _unfound_columns(options: DataOptions, reports: Sequence[SourceReport]) -> l
     return [
         f"{key}: no part of the mixture has a column {column}; found by name: {', '.join(filter(None, used))}"
         for key, (column, used) in asked.items()
-        if column is not None and _bare(column) not in {_bare(name) for name in used if name is not None}
+        if column is not None and _bare(column) not in [_bare(name) for name in used if name]
     ]
 
 
@@ -122,20 +124,8 @@ def _bare(column: str) -> str:
     return "".join(column.lower().split())
 
 
-def _known(options: DataOptions, findings: list[str]) -> list[tuple[list[tuple[str, str]], str]]:
-    found = []
-    for source in decontamination_sources(options):
-        try:
-            found.append(load_questions(source, options))
-        except DataError as error:
-            findings.extend(error.problems)
-    return found
-
-
-def _hold_out(
-    sources: Sequence[Source], parts: Sequence[Sequence[Problem]], eval_size: int
-) -> tuple[list[list[Problem]], list[list[Problem]]]:
-    """Each part without its held-out problems, and these: in a mixture by weight, of no part more than a tenth."""
+def _hold_out(sources: Sequence[Source], parts: Parts, eval_size: int) -> tuple[Parts, Parts]:
+    """Each part without its held-out problems, and these: at most a tenth of each part, in a mixture by weight."""
     wanted = shares([eval_size] * len(parts), _weights(sources) or [len(part) for part in parts], eval_size)
     most = [max(1, len(part) // 10) if len(part) > 1 else 0 for part in parts]
     held_out = [
@@ -151,65 +141,51 @@ def _hold_out(
 
 
 def _without_known(
-    parts: list[list[Problem]], questions: list[tuple[str, str]], name: str, ngram: int, report: LoadReport
-) -> list[list[Problem]]:
-    """The parts without what a set knows; its account goes into the report."""
-    problems, overlap = split_known(_joined(parts), questions, name, ngram)
+    parts: Parts, questions: list[tuple[str, str]], name: str, ngrams: bool, report: LoadReport
+) -> Parts:
+    """The parts without what is also in a set; the report says what was left out."""
+    problems, overlap = split_known(_joined(parts), questions, name, ngrams)
     report.overlaps.append(overlap)
     kept = {problem.id for problem in problems}
     left = [[problem for problem in part if problem.id in kept] for part in parts]
-    gone = [source.name for source, part in zip(report.parts, left, strict=True) if not part]
-    if gone:
-        how = f"or has {ngram} words in a row in common with it, " if overlap.runs else ""
+    how = f"or has {NGRAM} words in a row in common with it, " if overlap.runs else ""
+    empty = [source.name for source, part in zip(report.parts, left, strict=True) if not part]
+    if empty:
         raise DataError(
-            [f"{part}: every question of it is also in {name}, {how}so nothing is left to train on" for part in gone]
+            [f"{part}: every question of it is also in {name}, {how}so nothing is left to train on" for part in empty]
         )
     return left
 
 
-def _mixed(
-    sources: Sequence[Source], parts: Sequence[Sequence[Problem]], most: int | None, salt: str
-) -> tuple[list[Problem], list[int]]:
+def _mixed(sources: Sequence[Source], parts: Parts, most: int | None, salt: str) -> tuple[list[Problem], list[int]]:
     counts = shares([len(part) for part in parts], _weights(sources), most)
-    chosen = [drawn_in_order(part, count, salt) for part, count in zip(parts, counts, strict=True)]
-    return _joined(chosen), counts
+    return _joined([drawn_in_order(part, count, salt) for part, count in zip(parts, counts, strict=True)]), counts
 
 
 def _weights(sources: Sequence[Source]) -> list[float] | None:
-    """The weights of a mixture, 1 where none is given; ``None`` where none is given at all."""
+    """The weights of a mixture, 1 where a part has none; ``None`` where no part has one."""
     if all(source.weight is None for source in sources):
         return None
     return [1.0 if source.weight is None else source.weight for source in sources]
 
 
-def _joined(parts: Sequence[Sequence[Problem]]) -> list[Problem]:
+def _joined(parts: Parts) -> list[Problem]:
     return [problem for part in parts for problem in part]
 
 
-def _named_questions(parts: Sequence[Sequence[Problem]]) -> list[tuple[str, str]]:
-    return [(problem.id, problem.question) for problem in _joined(parts)]
-
-
-def _id_prefixes(trained: Sequence[Source], others: Sequence[Source]) -> list[str | None]:
-    """What ids begin with where two files share a name: ids must tell all problems apart. ``None``: as usual."""
-    taken: set[str] = set()
+def _id_prefixes(sources: Sequence[Source]) -> list[str | None]:
+    """What the ids of a file's problems begin with: its name, numbered where several files have the same one."""
+    taken: list[str] = []
     prefixes: list[str | None] = []
-    for place, source in enumerate((*trained, *others)):
-        if source.kind != "file":
-            prefixes.append(None)
-            continue
-        stem = source.label
-        if stem in taken and place >= len(trained):
-            stem = f"{stem}-held-out"
-        numbered = (f"{stem}-{number}" for number in itertools.count(2))
-        label = next(name for name in itertools.chain([stem], numbered) if name not in taken)
-        taken.add(label)
-        prefixes.append(label)
+    for source in sources:
+        count = taken.count(source.label) + 1
+        prefixes.append(None if source.kind != "file" else source.label if count == 1 else f"{source.label}-{count}")
+        taken.append(source.label)
     return prefixes
 
 
 def _notes(options: DataOptions, trained: Sequence[Source], others: Sequence[Source]) -> list[str]:
-    """What one should know of the public sets in use, with this model and this length of completions."""
+    """What to know about the public sets in use with this model and this completion length."""
     notes = [
         f"{source.entry.name} is a set to evaluate on: a model trained on it can no longer be measured by it"
         for source in trained

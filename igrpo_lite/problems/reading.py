@@ -34,7 +34,7 @@ _SHOWN = 3
 
 @dataclass(frozen=True, slots=True)
 class _Rows:
-    """Rows of one source, what to call it, what its problems' ids begin with, and whether there may be more rows."""
+    """Rows of one source; its name on the screen and in problem ids; ``cut``: whether there may be more rows."""
 
     table: Table
     title: str
@@ -47,18 +47,20 @@ def load_source(
     options: DataOptions,
     id_prefix: str | None = None,
     seen: MutableMapping[str, Problem] | None = None,
+    streamed_rows: int = STREAMED_ROWS,
 ) -> tuple[list[Problem], SourceReport]:
     """All usable problems of one source, each question once, in the order of the rows.
 
-    A column asked for in the settings is used where the source has it; a held-out source with other columns falls back
-    to finding them by name, and in a mixture the columns of public sets are those that are known.
+    Columns named in the settings are used where the source has them; otherwise those of a public set are known, and
+    others are found by name.
 
     Args:
         source: where from.
         options: the data settings.
         id_prefix: what the problems' ids begin with; ``None``: the source's name and split.
-        seen: problems by :func:`question_key` that other parts of a mixture gave; they count as repeated here, and
-            those of this source are added.
+        seen: problems by :func:`question_key` of other parts of a mixture, which count as repeated here; those of this
+            source are added.
+        streamed_rows: rows to read of a very large public set.
 
     Raises:
         DataError: it cannot be read, too many rows are bad, the columns are not found, or no row has a gold answer.
@@ -66,7 +68,7 @@ def load_source(
     seen = {} if seen is None else seen
     if source.kind == "synthetic":
         return _load_synthetic(source, options, seen)
-    rows = _read(source, options)
+    rows = _read(source, options, streamed_rows)
     columns, form = _columns(source, options, rows)
     report = SourceReport(rows.title, rows.table.total, 0, columns.question_text, columns.answer, cut=rows.cut)
     problems = _problems(rows, columns, form, id_prefix or rows.prefix, report, seen)
@@ -82,11 +84,11 @@ def load_source(
 
 
 def load_questions(source: Source, options: DataOptions) -> tuple[list[tuple[str, str]], str]:
-    """Id and question of every row of one source that has a question, with an answer or without; and its title."""
+    """Id and question of every row of one source, whether its answer can be read or not; and the source's name."""
     if source.kind == "synthetic":
-        problems = synthetic.load(source.name, cast("synthetic.Split", source.split), SYNTHETIC_MOST["test"], seed=0)
+        problems = synthetic.load(source.name, cast("synthetic.Split", source.split), SYNTHETIC_MOST["test"])
         return [(problem.id, problem.question) for problem in problems], f"{source.name}/{source.split}"
-    rows = _read(source, options)
+    rows = _read(source, options, STREAMED_ROWS)
     columns = _columns(source, options, rows, answer=False)[0]
     found = []
     for row in rows.table.rows:
@@ -105,7 +107,7 @@ def _load_synthetic(
     if source.split == "train":
         size = (options.max_problems if len(train_sources(options)) == 1 else None) or SYNTHETIC_TRAIN
     # Always seed 0: the content of a set does not depend on the run.
-    drawn = synthetic.load(source.name, cast("synthetic.Split", source.split), size, seed=0)
+    drawn = synthetic.load(source.name, cast("synthetic.Split", source.split), size)
     fresh = {key: problem for problem in drawn if (key := question_key(problem.question)) not in seen}
     seen.update(fresh)
     problems = list(fresh.values())
@@ -114,15 +116,14 @@ def _load_synthetic(
     return problems, report
 
 
-def _read(source: Source, options: DataOptions) -> _Rows:
+def _read(source: Source, options: DataOptions, streamed_rows: int) -> _Rows:
     skipped = source.entry.skipped if source.entry is not None else ()
     if source.kind == "file":
         files = source.files
         title = source.path.name if files == [source.path] else f"{source.label} in {source.path.name}"
         return _Rows(read_files(files, options.max_bad_rows, skipped), title, source.label)
-    most = STREAMED_ROWS if source.known is not None and source.known.large else None
-    if options.stream_rows is not None and source in train_sources(options):
-        most = options.stream_rows
+    large = source.known is not None and source.known.large and "[" not in (source.split or "")
+    most = streamed_rows if large else None
     table, split = read_hub(source.name, source.config, source.split, most, skipped)
     name = f"{source.name}/{split}"
     return _Rows(table, name, name, table.total == most)
@@ -137,16 +138,12 @@ def _columns(source: Source, options: DataOptions, rows: _Rows, answer: bool = T
         asked = dict.fromkeys(asked)
     elif [source] != trained:
         asked = {role: column if has_columns(table, column) else None for role, column in asked.items()}
-    form = None
-    if source.entry is not None:
-        for column in source.entry.questions if asked["question"] is None else ():
-            if has_columns(table, column):
-                asked["question"] = column
-                break
-        for column, its_form in source.entry.answers if asked["answer"] is None else ():
-            if has_columns(table, column):
-                asked["answer"], form = column, its_form
-                break
+    entry, form = source.entry, None
+    if entry is not None and asked["question"] is None:
+        asked["question"] = next((column for column in entry.questions if has_columns(table, column)), None)
+    if entry is not None and asked["answer"] is None:
+        known = ((column, its_form) for column, its_form in entry.answers if has_columns(table, column))
+        asked["answer"], form = next(known, (None, None))
     return choose_columns(rows.title, table, asked["question"], asked["answer"], answer), form
 
 
@@ -172,7 +169,9 @@ def _problems(
             report.duplicates += 1
             report.conflicting += seen[key].answer != answer
             continue
-        seen[key] = Problem(f"{id_prefix}/{row.index}", question, answer, _further(row, columns, messages))
+        others = {name: jsonable(value) for name, value in row.values.items() if name not in columns.question}
+        others = {"messages": messages, **others} if len(messages) > 1 else others
+        seen[key] = Problem(f"{id_prefix}/{row.index}", question, answer, others)
         problems.append(seen[key])
         if len(report.examples) < _SHOWN:
             report.examples.append((question, answer_text(value) or "", answer))
@@ -180,7 +179,7 @@ def _problems(
 
 
 def _asked(table: Table, columns: Columns, report: SourceReport) -> list[tuple[Row, str, list[dict[str, str]]]]:
-    """Every row with its question and, if that is one, the conversation it ends.
+    """Every row with its question and, if its question is one, its conversation.
 
     What comes before the last user message belongs to the question where it differs between rows; where it is the same
     in all, it is an instruction or examples, and left out.
@@ -200,11 +199,6 @@ def _asked(table: Table, columns: Columns, report: SourceReport) -> list[tuple[R
         (row, f"{context}\n\n{question}" if context else question, messages)
         for (row, question, messages), context in zip(found, contexts, strict=True)
     ]
-
-
-def _further(row: Row, columns: Columns, messages: list[dict[str, str]]) -> dict[str, Any]:
-    further = {name: jsonable(value) for name, value in row.values.items() if name not in columns.question}
-    return {"messages": messages, **further} if len(messages) > 1 else further
 
 
 def _excerpt(value: Any) -> str:

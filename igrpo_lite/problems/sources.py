@@ -1,4 +1,4 @@
-"""What ``data``, ``eval_data`` and ``decontaminate`` name, and what can be said of it before anything is loaded.
+"""The sources that ``data``, ``eval_data`` and ``decontaminate`` name, checked before anything is loaded.
 
 A source is a synthetic set, the short name of a public set, ``NAME=path`` (a local copy of a public set: its columns,
 your file), a file, or a hub id. Several of them, with commas between, make a mixture: ``gsm8k:3,svamp=SVAMP.json:1``.
@@ -27,8 +27,8 @@ Kind = Literal["synthetic", "file", "hub"]
 SYNTHETIC_TRAIN = 4000
 """Training problems of a synthetic set unless ``max_problems`` says otherwise."""
 SYNTHETIC_MOST: dict[str, int] = {"train": 20_000, "validation": 5_000, "test": 5_000}
-"""Problems that may be asked of a synthetic set. The sets are finite and drawn without repetition: near their end the
-draw would take for ever (``multiplication`` has about 32,000 for training and 8,000 in each of the others)."""
+"""Most problems of a synthetic set. The sets are finite and drawn without repetition, so that near their end drawing
+takes forever (``multiplication`` has about 32,000 for training and 8,000 in each of the others)."""
 
 _HUB_ID = re.compile(r"[A-Za-z0-9][\w.-]*/[A-Za-z0-9][\w.-]*")
 _FILE_LIKE = (".txt", ".md", ".gz", ".bz2", ".xz", ".zst", ".zip", ".tar", ".xlsx", ".xls", ".arrow", ".yaml", ".yml")
@@ -77,7 +77,7 @@ class Source:
 
     @property
     def takes_columns(self) -> bool:
-        """Whether its columns can be chosen in a mixture: those of public sets are known there."""
+        """Whether ``question_column`` and ``answer_column`` are for it in a mixture: those of public sets are known."""
         return self.kind != "synthetic" and self.entry is None
 
     @property
@@ -86,16 +86,16 @@ class Source:
         return None if self.entry is None or (self.kind == "hub" and self.name != self.entry.hub_id) else self.entry
 
     def same_place(self, other: Source) -> bool:
-        """Whether both are the same rows, however they were written."""
+        """Whether both name the same rows."""
         if self.kind == other.kind == "file":
             return [path.resolve() for path in self.files] == [path.resolve() for path in other.files]
         return (self.kind, self.name, self.config, self.split) == (other.kind, other.name, other.config, other.split)
 
 
 def parse(key: str, text: str) -> tuple[list[Source], list[str]]:
-    """The sources that ``text`` names, without splits and configurations, and everything wrong with the text.
+    """The sources that ``text`` names, without splits and configurations, and all findings on the text.
 
-    The name of an existing file or folder is one source, whatever commas and colons it has.
+    The name of an existing file or folder is one source, even with commas and colons in it.
     """
     parts = [text] if _exists(text) else [part.strip() for part in text.split(",")]
     sources: list[Source] = []
@@ -138,9 +138,9 @@ def decontamination_sources(options: DataOptions) -> list[Source]:
 
 
 def data_findings(options: DataOptions) -> list[str]:
-    """Everything wrong with the data settings that a look at names and folders can tell; empty when nothing is.
+    """What is wrong with the data settings as far as names and folders tell; empty when nothing is.
 
-    Nothing is read or downloaded and no heavy package is imported, so it can run before a model loads.
+    Nothing is read or downloaded, and no heavy package is imported.
     """
     trained, findings = _train(options)
     findings = findings + _held_out(options, trained[0] if trained else None)[1] + _decontaminate(options)[1]
@@ -149,8 +149,7 @@ def data_findings(options: DataOptions) -> list[str]:
     held_out = held_out_sources(options)
     if options.eval_data is None:  # another split of the same folder
         findings = _file_findings("eval_split", held_out)
-    findings += _hub_findings(options, trained, held_out) + _column_findings(options, trained, held_out)
-    return findings + _split_findings(options, trained, held_out) + _size_findings(options, trained, held_out)
+    return findings + _idle_findings(options, trained, held_out)
 
 
 def short_name(data: str) -> str:
@@ -214,45 +213,30 @@ def _file_findings(key: str, sources: Sequence[Source]) -> list[str]:
     return [f"{key}: {finding}" for file in files for finding in mirror_findings(file.path, file.entry, file.split)]
 
 
-def _hub_findings(options: DataOptions, trained: Sequence[Source], held_out: Sequence[Source]) -> list[str]:
+def _idle_findings(options: DataOptions, trained: Sequence[Source], held_out: Sequence[Source]) -> list[str]:
+    """Settings that these sources ignore or cannot meet."""
     findings = []
-    one = trained[0] if len(trained) == 1 else None
-    name = options.data if one is not None else "a mixture"
-    if options.data_config is not None and not any(source.kind == "hub" for source in [one, *held_out] if source):
+    one, split = len(trained) == 1, options.eval_split
+    name = options.data if one else "a mixture"
+    asked = [key for key in ("question_column", "answer_column") if getattr(options, key) is not None]
+    if options.data_config is not None and not any(source.kind == "hub" for source in [*trained[:one], *held_out]):
         reason = "is no hub data set, so it has no configurations" if one else "takes each set's own configuration"
         findings.append(f"data_config: {name} {reason}; leave it unset")
-    if options.data_split != "train" and (one is None or not one.has_splits):
+    if options.data_split != "train" and not (one and trained[0].has_splits):
         reason = "is no hub data set, so there are no splits" if one else "takes each set's training split"
         findings.append(f"data_split: {name} {reason}; leave it unset")
-    if options.stream_rows is not None and not any(source.kind == "hub" for source in trained):
-        findings.append(f"stream_rows: only hub data sets are streamed, not {options.data}; see max_problems")
-    return findings
-
-
-def _column_findings(options: DataOptions, trained: Sequence[Source], held_out: Sequence[Source]) -> list[str]:
-    asked = [key for key in ("question_column", "answer_column") if getattr(options, key) is not None]
     if all(source.kind == "synthetic" for source in [*trained, *held_out]):
-        return [f"{key}: the synthetic set {options.data} has no columns to choose; leave it unset" for key in asked]
-    if len(trained) > 1 and not any(source.takes_columns for source in trained):
-        return [f"{key}: the columns of every set in the mixture are known; leave it unset" for key in asked]
-    return []
-
-
-def _split_findings(options: DataOptions, trained: Sequence[Source], held_out: Sequence[Source]) -> list[str]:
-    split = options.eval_split
-    if split is None:
-        return []
-    if not held_out and len(trained) > 1:
-        return ["eval_split: a mixture has no splits of its own; name held-out problems with --eval-data"]
-    if any(source.kind == "synthetic" for source in held_out) and split not in ("validation", "test"):
-        return [f"eval_split: {split}: a synthetic set is evaluated on validation or test"]
-    if any(source.kind == "file" and not source.has_splits for source in held_out or trained):
-        return ["eval_split: files have no splits; leave it unset, or name the held-out file with --eval-data"]
-    return []
-
-
-def _size_findings(options: DataOptions, trained: Sequence[Source], held_out: Sequence[Source]) -> list[str]:
-    findings = []
+        reason = f"the synthetic set {options.data} has no columns to choose"
+        findings += [f"{key}: {reason}; leave it unset" for key in asked]
+    elif not one and not any(source.takes_columns for source in trained):
+        findings += [f"{key}: the columns of every set in the mixture are known; leave it unset" for key in asked]
+    if split is not None:
+        if not held_out and not one:
+            findings.append("eval_split: a mixture has no splits of its own; name held-out problems with --eval-data")
+        elif split not in ("validation", "test") and any(source.kind == "synthetic" for source in held_out):
+            findings.append(f"eval_split: {split}: a synthetic set is evaluated on validation or test")
+        elif any(source.kind == "file" and not source.has_splits for source in held_out or trained):
+            findings.append("eval_split: files have no splits; leave it unset, or name another file with --eval-data")
     most = SYNTHETIC_MOST["train"]
     if [source.kind for source in trained] == ["synthetic"] and (options.max_problems or 0) > most:
         findings.append(f"max_problems: a synthetic set gives at most {most:,} training problems")
@@ -263,7 +247,7 @@ def _size_findings(options: DataOptions, trained: Sequence[Source], held_out: Se
 
 
 def _weighed(part: str) -> tuple[str, float | None]:
-    """A part of a mixture without its weight, and the weight, if the part ends in a colon and a number."""
+    """A part of a mixture as its name and its weight, if it ends in a colon and a number."""
     name, colon, weight = part.rpartition(":")
     if not colon or not name or _exists(part):
         return part, None

@@ -1,4 +1,4 @@
-"""What loading did, for the screen: nothing is dropped without being counted here."""
+"""The report on loading, for the screen: nothing is dropped without being counted here."""
 
 from __future__ import annotations
 
@@ -12,7 +12,7 @@ _QUESTION_SHOWN = 60
 
 @dataclass(slots=True)
 class SourceReport:
-    """What became of the rows of one source.
+    """The rows of one source, counted.
 
     Attributes:
         name: file, hub id with split, or synthetic set.
@@ -52,7 +52,9 @@ class SourceReport:
             columns = f"question from column {self.question_column}, answer from column {self.answer_column}"
             lines = [f"{self.name}: {self.rows:,} rows, {self.problems:,} problems; {columns}"]
         if self.cut:
-            lines.append(f"  only the first {self.rows:,} rows were read (--stream-rows)")
+            lines.append(
+                f"  only the first {self.rows:,} rows were read (--data-split 'train[:50000]' downloads all for more)"
+            )
         if self.left_out_context:
             lines.append(
                 "  every row begins with the same messages, which are left out; put what the model is to read into "
@@ -61,12 +63,12 @@ class SourceReport:
         if self.with_context:
             lines.append(f"  {self.with_context:,} questions begin with the messages before the user's last")
         if self.bad_rows:
-            shown = "; ".join(self.bad_rows[:3])
-            lines.append(f"  left out {len(self.bad_rows):,} unreadable rows: {shown}{_more(len(self.bad_rows), 3)}")
+            lines.append(
+                f"  left out {len(self.bad_rows):,} unreadable rows: {_some(self.bad_rows[:3], len(self.bad_rows))}"
+            )
         if self.unparsed:
-            shown = "; ".join(self.unparsed_examples)
-            more = _more(self.unparsed, len(self.unparsed_examples))
-            lines.append(f"  left out {self.unparsed:,} rows without a readable gold answer: {shown}{more}")
+            shown = _some(self.unparsed_examples, self.unparsed)
+            lines.append(f"  left out {self.unparsed:,} rows without a readable gold answer: {shown}")
         if self.duplicates:
             other = f", {self.conflicting:,} of them with another answer" if self.conflicting else ""
             lines.append(f"  left out {self.duplicates:,} repeated questions{other} (the first of each is kept)")
@@ -98,26 +100,11 @@ class LoadReport:
     train_size: int = 0
     held_out_size: int = 0
 
-    @property
-    def train(self) -> SourceReport:
-        """The training source, the first one in a mixture."""
-        return self.parts[0]
-
-    @property
-    def held_out(self) -> SourceReport | None:
-        """The source of the held-out problems, the first one in a mixture, if they have their own."""
-        return self.held_out_parts[0] if self.held_out_parts else None
-
-    @property
-    def overlap(self) -> int:
-        """Training problems left out because another set has them too."""
-        return sum(overlap.count for overlap in self.overlaps)
-
     def lines(self) -> list[str]:
         """The whole report in lines for the screen."""
         lines = [line for part in (*self.parts, *self.held_out_parts) for line in part.lines()]
         lines += [line for overlap in self.overlaps for line in overlap.lines()]
-        clean = dict.fromkeys(overlap.name for overlap in self.overlaps if overlap.ngram and not overlap.count)
+        clean = dict.fromkeys(overlap.name for overlap in self.overlaps if overlap.ngrams and not overlap.count)
         lines += [f"no training problem is in {' or '.join(clean)}"] if clean else []
         lines += self.notes
         if len(self.parts) > 1:
@@ -126,9 +113,8 @@ class LoadReport:
         if len(own) > 1:
             lines.append(f"held out: {_counts(own, self.held_out_used)}")
         names = " and ".join(part.name for part in own)
-        origin = f"from {names}" if self.held_out_parts else f"from {names}, not trained on"
-        lines.append(f"{self.train_size:,} training problems; {self.held_out_size:,} held out ({origin})")
-        return lines
+        origin = f"from {names}{'' if self.held_out_parts else ', not trained on'}"
+        return [*lines, f"{self.train_size:,} training problems; {self.held_out_size:,} held out ({origin})"]
 
 
 def _counts(parts: Sequence[SourceReport], used: Sequence[int]) -> str:
@@ -142,5 +128,5 @@ def _short(text: str) -> str:
     return line if len(line) <= _QUESTION_SHOWN else line[: _QUESTION_SHOWN - 3] + "..."
 
 
-def _more(count: int, shown: int) -> str:
-    return f" and {count - shown:,} more" if count > shown else ""
+def _some(shown: Sequence[str], count: int) -> str:
+    return "; ".join(shown) + (f" and {count - len(shown):,} more" if count > len(shown) else "")

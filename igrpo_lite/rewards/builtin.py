@@ -21,6 +21,9 @@ DEFAULT_WEIGHTS: dict[str, float] = {"format": 0.1}
 COSINE_ENDS: dict[bool, tuple[float, float]] = {True: (1.0, 0.5), False: (-1.0, -0.5)}
 """Of ``cosine``, by whether the answer is right: the shortest completion's value and the longest one's (as in TRL)."""
 
+REPETITION_NGRAM = 3
+"""Of ``repetition``: words per n-gram."""
+
 _BOXED = re.compile(r"\\boxed\s*\{")
 # DOTALL: without it a thought of two lines never matches, and the reward is silently 0 for the whole run.
 _TAGS = re.compile(r"\s*<think>.*</think>\s*<answer>(?P<answer>.*)</answer>\s*", re.DOTALL)
@@ -77,9 +80,9 @@ def cosine_scaled(length: int, limit: int, right: bool) -> float:
     return long + 0.5 * (short - long) * (1.0 + math.cos(math.pi * min(length / limit, 1.0)))
 
 
-def repetition_penalty(text: str, ngram: int) -> float:
-    """Minus the share of ``ngram`` words in a row that stood in the text before: 0 to almost -1 (arXiv 2502.03373,
-    appendix C.2; over words, without regard to case, as in open-r1)."""
+def repetition_penalty(text: str, ngram: int = REPETITION_NGRAM) -> float:
+    """Minus the share of word n-grams that occurred before in the text: 0 to almost -1 (arXiv 2502.03373, appendix C.2;
+    over words, case ignored, as in open-r1)."""
     words = text.lower().split()
     total = len(words) - ngram + 1
     if total < 1:

@@ -1,4 +1,4 @@
-"""How calls that may fail went: users' functions and the judge."""
+"""Counts of calls that may fail: those of users' functions and of the judge."""
 
 from __future__ import annotations
 
@@ -7,7 +7,7 @@ from dataclasses import dataclass
 
 @dataclass(slots=True)
 class Calls:
-    """How the calls of one reward went.
+    """The calls of one reward, counted.
 
     Attributes:
         first: the first failure: a traceback, or where a function hung, or what an endpoint said.

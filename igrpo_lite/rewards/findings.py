@@ -1,4 +1,4 @@
-"""What can be seen to be wrong with the reward settings before anything runs."""
+"""What is wrong with the reward settings, as far as it can be seen before anything runs."""
 
 from __future__ import annotations
 
@@ -6,27 +6,26 @@ import difflib
 import re
 from pathlib import Path
 from typing import Any
+from urllib.parse import urlsplit
 
 from igrpo_lite.config import RewardOptions, RunConfig
 from igrpo_lite.defaults import ENDPOINT_SETTINGS, REWARD_SETTINGS
 from igrpo_lite.prompts import read_text_or_file
 from igrpo_lite.rewards.builtin import BUILTIN
-from igrpo_lite.rewards.endpoint import url_finding
-from igrpo_lite.rewards.judge_cache import cache_folder
 from igrpo_lite.rewards.judge_prompt import judge_prompt_findings
 from igrpo_lite.worker.functions import find_function_error
 
 
 def reward_findings(options: RunConfig) -> list[str]:
-    """Everything that can be seen to be wrong with the reward settings without importing a user's file."""
+    """All findings on the reward settings; users' files are parsed, not imported."""
     findings: list[str] = []
     for spec in options.reward_funcs:
         name, _, rest = spec.partition(":")
         if name in BUILTIN and rest and not rest.isidentifier():
             findings.append(f"reward_funcs: {spec}: weights have a setting of their own, reward_weights, in this order")
         elif ":" in spec:
-            if error := find_function_error(spec):
-                findings.append(error)
+            error = find_function_error(spec)
+            findings += [f"reward_funcs: {error}"] if error else []
         elif spec not in BUILTIN:
             findings.append(_unknown(spec))
     if len(set(options.reward_funcs)) < len(options.reward_funcs):
@@ -40,11 +39,18 @@ def reward_findings(options: RunConfig) -> list[str]:
     if weights is not None and not any(weights):
         findings.append("reward_weights: all are 0, so every completion earns the same; give at least one a weight")
     findings += _judge_findings(options) if "judge" in options.reward_funcs else []
-    findings += _overlong_findings(options) if "soft_overlong" in options.reward_funcs else []
-    return findings + _idle(options)
+    buffer, limit = options.overlong_buffer, options.max_completion_length
+    if "soft_overlong" in options.reward_funcs and buffer is not None and buffer > limit:
+        findings.append(f"overlong_buffer: must be at most max_completion_length {limit}, not {buffer}")
+    return findings + [
+        f"{name}: belongs to the reward {reward}, which reward_funcs does not name; add it there or leave {name} out"
+        for reward, prefix in REWARD_SETTINGS.items()
+        for name in RewardOptions.model_fields
+        if reward not in options.reward_funcs and name.startswith(prefix) and _is_set(options, name)
+    ]
 
 
-def foreign_findings(reward_funcs: Any) -> list[str]:
+def trl_findings(reward_funcs: Any) -> list[str]:
     """Our rewards by name where TRL takes functions and models: it would look for a model of that name."""
     given = reward_funcs if isinstance(reward_funcs, list | tuple) else [reward_funcs]
     return [
@@ -62,46 +68,40 @@ def _unknown(name: str) -> str:
     return f"reward_funcs: no reward {name!r}; {hint} are {', '.join(BUILTIN)}, and your own as path/file.py:function"
 
 
-def _overlong_findings(options: RunConfig) -> list[str]:
-    buffer, limit = options.overlong_buffer, options.max_completion_length
-    if buffer is None or buffer <= limit:
-        return []
-    return [f"overlong_buffer: must be at most max_completion_length {limit}, not {buffer}"]
-
-
-def _idle(options: RewardOptions) -> list[str]:
-    """Settings of a reward that is not used: they would change nothing, and nobody would notice."""
-    return [
-        f"{name}: belongs to the reward {reward}, which reward_funcs does not name; add it there or leave {name} out"
-        for reward, prefix in REWARD_SETTINGS.items()
-        for name, field in RewardOptions.model_fields.items()
-        if reward not in options.reward_funcs and name.startswith(prefix) and getattr(options, name) != field.default
-    ]
+def _is_set(options: RewardOptions, name: str) -> bool:
+    return bool(getattr(options, name) != RewardOptions.model_fields[name].default)
 
 
 def _judge_findings(options: RewardOptions) -> list[str]:
-    if options.judge_by == "endpoint":
-        return _endpoint_findings(options) + _judge_prompt_findings(options.judge_prompt)
-    return _judge_prompt_findings(options.judge_prompt) + [
-        f"{name}: belongs to judge_by endpoint, but judge_by is policy, which asks no server; leave {name} out"
-        for name in ENDPOINT_SETTINGS
-        if getattr(options, name) != RewardOptions.model_fields[name].default
-    ]
-
-
-def _endpoint_findings(options: RewardOptions) -> list[str]:
+    findings = _judge_prompt_findings(options.judge_prompt)
+    if options.judge_by == "policy":
+        return findings + [
+            f"{name}: belongs to judge_by endpoint, but judge_by is policy, which asks no server; leave {name} out"
+            for name in ENDPOINT_SETTINGS
+            if _is_set(options, name)
+        ]
     if options.judge_url is None:
-        findings = [
+        url = (
             "judge_url: the reward judge needs an endpoint, like http://localhost:8000/v1; set --judge-url, or "
             "--judge-by policy to let the policy grade itself"
-        ]
-    else:
-        finding = url_finding(options.judge_url)
-        findings = [finding] if finding else []
-    folder = cache_folder(options.judge_cache)
-    if folder.exists() and not folder.is_dir():
-        findings.append(f"judge_cache: {folder} is a file; give a folder")
-    return findings
+        )
+        return [url, *findings]
+    return _url_findings(options.judge_url) + findings
+
+
+def _url_findings(url: str) -> list[str]:
+    try:
+        parts = urlsplit(url)
+        _ = parts.port
+    except ValueError as error:
+        return [f"judge_url: {url!r} is not a valid address: {error}"]
+    if parts.scheme not in ("http", "https") or not parts.hostname:
+        return [f"judge_url: must be like http://localhost:8000/v1, not {url!r}"]
+    if parts.username or parts.password:
+        return ["judge_url: must not hold a key; put it into the environment variable that judge_api_key_env names"]
+    if parts.query or parts.fragment or parts.path.rstrip("/").endswith("/chat/completions"):
+        return [f"judge_url: give it up to the version, like {parts.scheme}://{parts.netloc}/v1, not {url!r}"]
+    return []
 
 
 def _judge_prompt_findings(prompt: str | None) -> list[str]:

@@ -5,44 +5,43 @@ from __future__ import annotations
 import hashlib
 import os
 import sqlite3
-import sys
 import time
 from pathlib import Path
 
 from igrpo_lite.errors import RewardError
 
 WAIT_SECONDS = 60.0
-"""For another process to finish its write."""
+"""How long to wait for another process to finish its write."""
 
 
-def cache_folder(folder: str | None) -> Path:
-    """The folder that was set, or the user's own (``XDG_CACHE_HOME``, ``~/.cache`` and what other systems have)."""
-    if folder is not None:
-        return Path(folder).expanduser()
-    home = {"win32": os.environ.get("LOCALAPPDATA"), "darwin": "~/Library/Caches"}.get(sys.platform)
-    return Path(os.environ.get("XDG_CACHE_HOME") or home or "~/.cache").expanduser() / "igrpo-lite" / "judge"
+def cache_file() -> Path:
+    """The file, in ``XDG_CACHE_HOME`` or ``~/.cache``."""
+    home = Path(os.environ.get("XDG_CACHE_HOME") or "~/.cache").expanduser()
+    return home / "igrpo-lite" / "judge" / "scores.sqlite3"
 
 
 class JudgeCache:
-    """Scores by what was asked of whom. For one thread.
+    """Scores by endpoint, model and prompt. Used by one thread at a time.
 
     Raises:
-        RewardError: from any method, when the folder cannot be written or holds something else.
+        RewardError: from any method, when the file cannot be written or is not ours.
     """
 
-    def __init__(self, folder: Path) -> None:
-        self.path = folder / "scores.sqlite3"
+    def __init__(self) -> None:
+        self.path = cache_file()
         try:
-            folder.mkdir(parents=True, exist_ok=True)
+            self.path.parent.mkdir(parents=True, exist_ok=True)
             # Each statement is its own transaction, so none waits for a lock while holding one.
-            self._connection = sqlite3.connect(self.path, timeout=WAIT_SECONDS, isolation_level=None)
+            self._connection = sqlite3.connect(
+                self.path, timeout=WAIT_SECONDS, isolation_level=None, check_same_thread=False
+            )
             self._run("CREATE TABLE IF NOT EXISTS scores (key BLOB PRIMARY KEY, score REAL, reply TEXT, made REAL)")
         except (OSError, sqlite3.Error) as error:
             raise self._failure(error) from error
 
     @staticmethod
     def key(url: str, model: str, prompt: str) -> bytes:
-        """Of one judgement. The prompt is template, question, completion and, where it is shown, gold answer."""
+        """The key of one judgement; the prompt has everything that the judge reads."""
         return hashlib.sha256("\x1f".join((url, model, prompt)).encode()).digest()
 
     def get(self, key: bytes) -> tuple[float, str] | None:
@@ -55,6 +54,7 @@ class JudgeCache:
         self._run("INSERT OR IGNORE INTO scores VALUES (?, ?, ?, ?)", key, score, reply, time.time())
 
     def close(self) -> None:
+        """Close the file."""
         self._connection.close()
 
     def _run(self, statement: str, *values: object) -> sqlite3.Cursor:
@@ -65,5 +65,6 @@ class JudgeCache:
 
     def _failure(self, error: Exception) -> RewardError:
         return RewardError(
-            f"judge_cache: {self.path} cannot be used: {error}; mend it, delete it, or set another --judge-cache"
+            f"reward judge: its cache {self.path} cannot be used: {error}; delete the file, or set the environment "
+            "variable XDG_CACHE_HOME to another folder"
         )

@@ -1,7 +1,7 @@
 """What a judge reads, and how its score is found in what it writes.
 
-The completion is material: it stands between marks that it cannot know, its control tokens are defused, and of the
-judge's reply only the last line is read.
+The completion is untrusted input: it is fenced with a delimiter that it cannot contain, its control tokens are escaped,
+and only the last line of the judge's reply is read.
 """
 
 from __future__ import annotations
@@ -42,7 +42,7 @@ _SCORE = re.compile(
     re.IGNORECASE,
 )
 _LONGEST = 200
-"""Characters of a line that may be a score; the pattern above is not linear."""
+"""Longest line that may be a score: matching the pattern above does not take linear time."""
 
 _CONTROL = re.compile(r"(<)(?=[|｜]|/?[A-Za-z_]+[|｜]?>)|(\[)(?=/?[A-Z_]+\])")
 
@@ -77,16 +77,16 @@ def judge_prompt_findings(template: str) -> list[str]:
 
 def judge_prompt(template: str, problem: Problem, completion: str) -> str:
     """The prompt for one completion; the gold answer is in it only where the template asks for it."""
-    # No text holds its own hash, so a completion cannot write the mark that ends it.
+    # No text contains its own hash, so a completion cannot write the delimiter that ends it.
     mark = f"attempt-{hashlib.sha256(completion.encode(errors='replace')).hexdigest()[:12]}"
     text = template.format(
-        question=problem.question, answer=problem.answer, completion=f"<{mark}>\n{_defused(completion)}\n</{mark}>"
+        question=problem.question, answer=problem.answer, completion=f"<{mark}>\n{_escaped(completion)}\n</{mark}>"
     )
     return text.encode(errors="replace").decode()  # a lone surrogate is no UTF-8
 
 
-def _defused(text: str) -> str:
-    """Servers take ``<|im_end|>`` in a message for the control token of that name; ``< |im_end|>`` is just text."""
+def _escaped(text: str) -> str:
+    """Servers read ``<|im_end|>`` in a message as the control token; ``< |im_end|>`` is plain text."""
     return _CONTROL.sub(lambda match: f"{match[1] or match[2]} ", text)
 
 

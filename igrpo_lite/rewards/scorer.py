@@ -29,6 +29,7 @@ from igrpo_lite.rewards.builtin import (
     soft_overlong,
 )
 from igrpo_lite.rewards.calls import Calls
+from igrpo_lite.rewards.endpoint import CONCURRENCY
 from igrpo_lite.rewards.findings import reward_findings
 from igrpo_lite.rewards.judge import Judge, Judgement
 from igrpo_lite.rewards.judge_prompt import asks_policy
@@ -46,8 +47,8 @@ _SHOWN = 1000
 
 @dataclass(frozen=True, slots=True)
 class _Batch:
-    """What is scored together. ``extras`` collects what rewards log of each completion; ``strict``: the check before
-    the run, in which nothing may fail; ``judgements``: the policy's own, where it is the judge."""
+    """Completions that are scored together. ``extras``: what rewards log of each; ``strict``: in the check before the
+    run no call may fail; ``judgements``: the policy's own, where it is the judge."""
 
     problem: Problem
     prompt: Prompt
@@ -104,7 +105,7 @@ class Scorer:
 
     @property
     def in_worker(self) -> bool:
-        """Whether a worker process or an endpoint computes some of the rewards, so that scoring is mostly waiting."""
+        """Whether a subprocess or an endpoint computes some of the rewards, so that scoring is mostly waiting."""
         return any(spec not in BUILTIN for spec in self._specs) or self._asks_endpoint
 
     @property
@@ -113,18 +114,18 @@ class Scorer:
 
     @property
     def threads(self) -> int:
-        """Groups that are worth scoring at the same time: a judge answers several, a worker one after the other."""
-        return self._config.judge_concurrency if self._asks_endpoint else 1
+        """Groups worth scoring at the same time: an endpoint answers several calls, the subprocess one by one."""
+        return CONCURRENCY if self._asks_endpoint else 1
 
     def close(self) -> None:
-        """Ends the processes and connections that were started, and gives up what they are doing."""
+        """End the subprocesses and connections; calls under way are cancelled."""
         self._judge.close()
         self._worker.close()
         self.checker.close()
 
     def check(self, problem: Problem) -> None:
-        """Sends one row, with a right and a helpless completion, through every reward, before a model loads; not to the
-        policy as a judge, which is not there yet.
+        """Score one row, with one correct and one empty completion, with every reward before a model loads (except the
+        policy as the judge, which is that model).
 
         Raises:
             RewardError: with every finding: a gold answer that does not verify against itself, a function that cannot
@@ -213,7 +214,7 @@ class Scorer:
                 for item, found in zip(completions, batch.judged, strict=True)
             ]
         if spec == "repetition":
-            return [repetition_penalty(item.text, config.repetition_ngram) for item in completions]
+            return [repetition_penalty(item.text) for item in completions]
         if spec == "random":
             return [random_reward(config.seed, batch.problem.id, item.ids) for item in completions]
         if spec == "judge":
@@ -223,7 +224,7 @@ class Scorer:
     def _judge_parts(self, name: str, batch: _Batch) -> list[float | None]:
         if self.asks_policy:
             judgements = batch.judgements
-            assert judgements is not None, "the policy is the judge and was not asked"
+            assert judgements is not None, "the policy is the judge but was not asked"
         else:
             texts = [completion.text for completion in batch.completions]
             judgements = self._judge.grade(batch.problem, texts, self.failures[name], fresh=batch.strict)
@@ -267,16 +268,18 @@ class Scorer:
             return
         users = spec not in BUILTIN
         if strict:
-            raise RewardError(f"reward {spec} failed on the first row: {_told(error)}{'; mend it' if users else ''}")
+            raise RewardError(
+                f"reward {spec} failed on the first row: {_described(error)}{'; fix it' if users else ''}"
+            )
         if calls.made >= MIN_CALLS and calls.failed > MAX_FAILED_SHARE * calls.made:
             limit = self._config.reward_timeout if users else self._config.judge_timeout
             slow = f" ({calls.timed_out} of them took longer than {limit:g} s)" if calls.timed_out else ""
-            advice = "mend it, or return None where it has no opinion" if users else "see to its endpoint"
+            advice = "fix it, or return None where it has no opinion" if users else "check its endpoint"
             if self.asks_policy and not users:
-                advice = "the policy's replies cannot be read: give another --judge-prompt, or --judge-by endpoint"
+                advice = "the policy's replies have no score: give another --judge-prompt, or --judge-by endpoint"
             raise RewardError(
                 f"reward {spec} failed in {calls.failed} of {calls.made} calls{slow}; {advice}. The first failure: "
-                f"{_told(calls.first)}"
+                f"{_described(calls.first)}"
             )
 
 
@@ -302,7 +305,7 @@ def right_text(answer: str, style: AnswerStyle) -> str:
     return f"This is how it goes.\n\nThe answer is \\boxed{{{answer}}}."
 
 
-def _told(error: str) -> str:
+def _described(error: str) -> str:
     hint = ""
     if "string indices must be integers" in error:
         hint = " (completions are plain strings here, not messages: completion instead of completion[0]['content'])"

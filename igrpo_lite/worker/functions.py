@@ -23,7 +23,7 @@ import os
 import re
 import sys
 import traceback
-from collections.abc import Callable, Iterable, Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from importlib.machinery import PathFinder
 from pathlib import Path
@@ -33,7 +33,7 @@ from typing import Any
 from igrpo_lite.errors import RewardError
 
 _FRAME = re.compile(r'[ ]+File "(.+?)", line (\d+)')
-_FOREIGN = re.compile(r"site-packages|[\\/]lib[\\/]python3|igrpo_lite[\\/]worker[\\/]")
+_LIBRARY = re.compile(r"site-packages|[\\/]lib[\\/]python3|igrpo_lite[\\/]worker[\\/]")
 
 _SINGULAR = {"completions": "completion", "prompts": "prompt"}
 
@@ -77,88 +77,43 @@ def is_file_spec(place: str) -> bool:
 
 
 def find_function_error(spec: str) -> str | None:
-    """What is wrong with the place of a user's reward, without importing it; ``None`` when nothing is to be seen."""
+    """What is wrong with ``spec`` as far as it can be seen without importing it; ``None`` when nothing is."""
     place, name = split_spec(spec)
     if not place or not name.isidentifier():
-        return f"reward_funcs: {spec!r} names no function; write it as path/file.py:function"
+        return f"{spec!r} names no function; write it as path/file.py:function"
     if is_file_spec(place):
-        path: Path | None = Path(place).expanduser()
-        if path is not None and not path.is_file():
-            return f"reward_funcs: no file {place} (looked in {Path.cwd()}); give its path from here, or the full path"
-    else:
-        path, error = _module_file(place)
-        if error:
-            return f"reward_funcs: {spec}: {error}"
-    return _definition_error(path, place, name) if path is not None else None
-
-
-def _module_file(module: str) -> tuple[Path | None, str | None]:
-    """The source of a module, found without importing any of its parents (None where it cannot be known so)."""
-    head, *rest = module.split(".")
-    search: list[str] | None = [*sys.path, os.getcwd()]
-    for depth, part in enumerate([head, *rest]):
-        if not part.isidentifier():
-            return None, f"{module!r} is no module name; a file is given by its path with .py"
-        try:
-            found = PathFinder.find_spec(part, search)
-        except (ImportError, ValueError):
-            return None, None
-        if found is None:
-            where = "" if depth == 0 else f" in {'.'.join([head, *rest][:depth])}"
-            return None, f"no module {part}{where}; install it, or give a file as path/file.py:function"
-        if depth == len(rest):
-            return (Path(found.origin) if found.origin and found.origin.endswith(".py") else None), None
-        if found.submodule_search_locations is None:
-            return None, f"{part} is a module, not a package, and holds no {rest[depth]}"
-        search = list(found.submodule_search_locations)
-    return None, None
+        path = Path(place).expanduser()
+        if not path.is_file():
+            return f"no file {place} (looked in {Path.cwd()}); give its path from here, or the full path"
+        return _definition_error(path, place, name)
+    head = place.partition(".")[0]
+    if not all(part.isidentifier() for part in place.split(".")):
+        return f"{spec}: {place!r} is not a module name; a file is given by its path with .py"
+    if head not in sys.modules and PathFinder.find_spec(head, [*sys.path, os.getcwd()]) is None:
+        return f"{spec}: no module {head}; install it, or give a file as path/file.py:function"
+    return None  # more would mean to import the package; the worker does that before a model loads
 
 
 def _definition_error(path: Path, place: str, name: str) -> str | None:
     try:
-        tree = ast.parse(path.read_bytes(), filename=str(path))
+        nodes = list(ast.walk(ast.parse(path.read_bytes(), filename=str(path))))
     except SyntaxError as error:
-        return f"reward_funcs: {place}, line {error.lineno}: {error.msg}; the file is not valid Python"
+        return f"{place}, line {error.lineno}: {error.msg}; the file is not valid Python"
     except (OSError, ValueError) as error:
-        return f"reward_funcs: {place} cannot be read: {error}"
-    names, complete = _defined(tree.body)
-    if name in names or not complete:
+        return f"{place} cannot be read: {error}"
+    functions = {node.name for node in nodes if isinstance(node, ast.FunctionDef | ast.AsyncFunctionDef)}
+    others = {node.name for node in nodes if isinstance(node, ast.ClassDef)}
+    others |= {(node.asname or node.name).partition(".")[0] for node in nodes if isinstance(node, ast.alias)}
+    others |= {node.id for node in nodes if isinstance(node, ast.Name) and isinstance(node.ctx, ast.Store)}
+    if {name, "*", "__getattr__"} & (functions | others):
         return None
-    close = difflib.get_close_matches(name, names, n=1)
-    functions = sorted(name for name, is_function in names.items() if is_function)
-    hint = f"did you mean {close[0]}?" if close else f"it defines {', '.join(functions[:8]) or 'no function'}"
-    return f"reward_funcs: no function {name} in {place}; {hint}"
-
-
-def _defined(body: Iterable[ast.stmt]) -> tuple[dict[str, bool], bool]:
-    """Top-level names of a module (True: a function), and whether these are all that there can be."""
-    names: dict[str, bool] = {}
-    complete = True
-    for node in body:
-        if isinstance(node, (ast.FunctionDef, ast.AsyncFunctionDef)):
-            names[node.name] = True
-        elif isinstance(node, ast.ClassDef):
-            names[node.name] = False
-        elif isinstance(node, (ast.Import, ast.ImportFrom)):
-            names.update({(alias.asname or alias.name).split(".")[0]: False for alias in node.names})
-            complete = complete and all(alias.name != "*" for alias in node.names)
-        elif isinstance(node, (ast.Assign, ast.AnnAssign)):
-            targets = node.targets if isinstance(node, ast.Assign) else [node.target]
-            names.update(
-                {part.id: False for target in targets for part in ast.walk(target) if isinstance(part, ast.Name)}
-            )
-        elif isinstance(node, (ast.If, ast.Try, ast.With, ast.For, ast.While)):
-            compound = (ast.If, ast.Try, ast.With, ast.For, ast.While)
-            more, all_known = _defined(
-                child for child in ast.walk(node) if isinstance(child, ast.stmt) and not isinstance(child, compound)
-            )
-            names.update(more)
-            complete = complete and all_known
-    return names, complete and "__getattr__" not in names
+    close = difflib.get_close_matches(name, functions | others, n=1)
+    hint = f"did you mean {close[0]}?" if close else f"it defines {', '.join(sorted(functions)[:8]) or 'no function'}"
+    return f"no function {name} in {place}; {hint}"
 
 
 def load_function(spec: str) -> UserFunction:
-    """Imports the user's function. Raises :class:`RewardError` with the traceback's end when that fails."""
+    """Import the user's function. Raises :class:`RewardError` with the traceback's end when that fails."""
     place, name = split_spec(spec)
     try:
         module = _load_file(Path(place).expanduser()) if is_file_spec(place) else importlib.import_module(place)
@@ -166,7 +121,7 @@ def load_function(spec: str) -> UserFunction:
         if isinstance(error, KeyboardInterrupt):
             raise
         raise RewardError(
-            f"reward {spec} cannot be imported: {in_short(traceback.format_exc())}; mend the file"
+            f"reward {spec} cannot be imported: {in_short(traceback.format_exc())}; fix the file"
         ) from error
     call = getattr(module, name, None)
     if not callable(call):
@@ -214,11 +169,11 @@ def _examine(spec: str, call: Callable[..., Any]) -> UserFunction:
 def run_function(
     function: UserFunction, columns: Mapping[str, Sequence[Any]], count: int, wait: Callable[[Any], Any]
 ) -> Returned:
-    """Calls the function on ``count`` completions and checks what it returns.
+    """Call the function on ``count`` completions and check what it returns.
 
     Args:
         columns: lists of ``count`` entries: ``prompts``, ``completions``, ``completion_ids``, the row's columns.
-        wait: runs an awaitable to its end and returns its result.
+        wait: runs an awaitable and returns its result.
 
     Raises:
         RewardError: parameters that the data does not have, a wrong count, or values that are not finite numbers.
@@ -249,7 +204,7 @@ async def _gathered(awaitables: Sequence[Any]) -> list[Any]:
 
 
 class _Log:
-    """TRL's ``log_metric`` and ``log_extra`` for one call. What it refuses is an error of the function's.
+    """TRL's ``log_metric`` and ``log_extra`` for one call; wrong arguments raise in the user's function.
 
     Args:
         count: of completions, for each of which a column gets one value; ``None``: for one, whose value comes bare.
@@ -346,8 +301,7 @@ def _shown(value: Any) -> str:
 
 
 def in_short(failure: str) -> str:
-    """A failure in one line: of a traceback the exception with the user's line that led to it, of a call that hung the
-    line where it did."""
+    """A failure in one line: the exception of a traceback and the user's line that raised it, or the line that hung."""
     _, traced, block = failure.rpartition("Traceback (most recent call last):")
     lines = block.splitlines()
     if not traced:
@@ -355,11 +309,11 @@ def in_short(failure: str) -> str:
         return " ".join([*lines[:1], *where[:1]])
     said = " ".join(line for line in lines if line and not line.startswith(" "))
     frames = [place for place in _FRAME.findall(block) if not place[0].startswith("<")]
-    own = [place for place in frames if not _FOREIGN.search(place[0])] or frames
+    own = [place for place in frames if not _LIBRARY.search(place[0])] or frames
     where = [f"({own[-1][0]}, line {own[-1][1]})"] if own else []
     return " ".join([said if len(said) <= 300 else f"{said[:297]}...", *where])
 
 
 def last_lines(text: str, count: int = 6) -> str:
-    """The end of a traceback, which says where and what."""
+    """The last lines of a traceback."""
     return "\n".join(text.rstrip().splitlines()[-count:])

@@ -1,4 +1,4 @@
-"""One killable process in which users' reward functions run.
+"""A subprocess with a timeout, in which users' reward functions and math-verify run.
 
 A thread cannot be stopped and an alarm signal works in the main thread only; a process can always be killed. It is a
 bare ``python -c`` that imports this module and the user's file, nothing else: no fork (torch's threads do not survive
@@ -35,10 +35,10 @@ LOAD_SECONDS = 60.0
 """Time for the process to start and a user's file to be imported; the timeout of calls does not include it."""
 
 GRACE_SECONDS = 1.0
-"""The worker ends itself at the timeout, and can then say where it hung; after this long it is killed from outside."""
+"""The worker ends itself at the timeout and writes down where it hung; after this much longer it is killed."""
 
 MOST_SECONDS = 1e6
-"""A longer timeout means the same; clocks and locks of some systems take none much longer."""
+"""The longest timeout: clocks and locks of some systems take none much longer."""
 
 EXIT_SECONDS = 2.0
 """Time a worker has, once its parent is gone, to finish what it does and close its files."""
@@ -53,7 +53,7 @@ _BOOT = (
 
 @dataclass(frozen=True, slots=True)
 class Outcome:
-    """What became of one call: what it gave, or the text of its failure."""
+    """The result of one call: what the function returned, or the text of its failure."""
 
     returned: Returned | None
     error: str | None = None
@@ -79,7 +79,7 @@ class Worker:
         self._loaded: dict[str, bool] = {}
         self._trace = ""
         self._lock = threading.Lock()
-        self._given_up = False
+        self._cancelled = False
 
     @property
     def pid(self) -> int | None:
@@ -95,7 +95,7 @@ class Worker:
             return self._load(spec)
 
     def call(self, spec: str, columns: Mapping[str, Sequence[Any]], count: int, timeout: float) -> Outcome:
-        """Calls a function on ``count`` completions.
+        """Call a function on ``count`` completions.
 
         Raises :class:`RewardError` when it cannot be imported or called, or returned something that is not a reward,
         or is closed meanwhile; what it raises by itself, and a timeout, are an :class:`Outcome`.
@@ -106,21 +106,21 @@ class Worker:
             try:
                 kind, content = self._ask(("call", spec, dict(columns), count, timeout), timeout)
             except _Ended as ended:
-                if self._given_up:
-                    raise RewardError(f"reward {spec} was given up while it was being computed") from None
+                if self._cancelled:
+                    raise RewardError(f"reward {spec} was cancelled") from None
                 return Outcome(None, str(ended), ended.timed_out)
         return Outcome(content) if kind == "returned" else Outcome(None, content)
 
     def close(self) -> None:
-        """Ends the process, at once if another thread is waiting for it; a later call would start a new one."""
+        """End the process, at once if another thread is waiting for it; a later call would start a new one."""
         patience = EXIT_SECONDS + 1.0
         while not self._lock.acquire(timeout=0.05):
-            self._given_up, patience = True, 0.0
+            self._cancelled, patience = True, 0.0
             _kill(self._process)
         try:
             self._stop(patience)
         finally:
-            self._given_up = False
+            self._cancelled = False
             self._lock.release()
 
     def _load(self, spec: str) -> bool:
