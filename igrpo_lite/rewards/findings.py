@@ -39,9 +39,10 @@ def reward_findings(options: RunConfig) -> list[str]:
     if weights is not None and not any(weights):
         findings.append("reward_weights: all are 0, so every completion earns the same; give at least one a weight")
     findings += _judge_findings(options) if "judge" in options.reward_funcs else []
-    buffer, limit = options.overlong_buffer, options.max_completion_length
-    if "soft_overlong" in options.reward_funcs and buffer is not None and buffer > limit:
-        findings.append(f"overlong_buffer: must be at most max_completion_length {limit}, not {buffer}")
+    if "soft_overlong" in options.reward_funcs and options.overlong_buffer is not None:
+        buffer, limit = options.overlong_buffer, options.max_completion_length
+        if buffer > limit:
+            findings.append(f"overlong_buffer: must be at most max_completion_length {limit}, not {buffer}")
     return findings + [
         f"{name}: belongs to the reward {reward}, which reward_funcs does not name; add it there or leave {name} out"
         for reward, prefix in REWARD_SETTINGS.items()
