@@ -77,6 +77,7 @@ class JudgeServer:
     def __init__(self, behave: Callable[[dict[str, Any], int], Answer], models: tuple[str, ...] = ("judge-1",)) -> None:
         self.behave = behave
         self.models = models
+        self.listing: Answer | None = None  # instead of the list of models
         self.requests: list[Request] = []
         self.at_once = self.most_at_once = 0
         self.released = threading.Event()
@@ -87,7 +88,7 @@ class JudgeServer:
             protocol_version = "HTTP/1.1"
 
             def do_GET(self) -> None:
-                self.reply(Answer({"data": [{"id": name} for name in outer.models]}))
+                self.reply(outer.listing or Answer({"data": [{"id": name} for name in outer.models]}))
 
             def do_POST(self) -> None:
                 body = json.loads(self.rfile.read(int(self.headers["Content-Length"])))

@@ -258,6 +258,22 @@ def test_a_missing_key_is_named(asker: Asker, monkeypatch: pytest.MonkeyPatch) -
         asker.grade(asker.serve(in_turn(refused(401))))
 
 
+def test_what_keeps_the_models_from_being_listed_is_named(asker: Asker) -> None:
+    server = asker.serve(by_length)
+    server.listing = refused(401, "no entry for sk-secret")
+    with pytest.raises(RewardError, match=r"401 \(no entry for \*\*\*\); the key in JUDGE_TEST_KEY was refused"):
+        asker.grade(server)
+    server.listing = Answer("<html>", 404)
+    with pytest.raises(RewardError, match=r"/models answered 404 \(<html>\); does judge_url end in /v1\?"):
+        asker.grade(server)
+    assert not server.requests
+    server.behave = in_turn(refused(404, "no such path"))
+    with pytest.raises(
+        RewardError, match=r"404 \(no such path\); its models cannot be listed either, so judge_url may"
+    ):
+        asker.grade(server, judge_model="mine")
+
+
 @pytest.mark.parametrize("key", ["sk-secret\nsecond line", "sk-secret\x01", "sk-sécret"])
 def test_a_key_that_no_header_takes_is_refused_and_not_shown(
     asker: Asker, monkeypatch: pytest.MonkeyPatch, key: str

@@ -100,7 +100,7 @@ class Endpoint:
                 try:
                     offered = await self._offered()
                 except CallFailed as failure:
-                    raise RewardError(f"reward judge: {failure}; if the address is right, set --judge-model") from None
+                    raise RewardError(f"reward judge: {failure}") from None
                 if len(offered) != 1:
                     names = ", ".join(offered[:10]) or "none"
                     raise RewardError(
@@ -209,11 +209,15 @@ class Endpoint:
 
     async def _offered(self) -> list[str]:
         response = await self._request("GET", "/models")
+        if response.status_code in (401, 403):
+            raise await self._failure(response, _error(response))
         try:
             return [str(entry["id"]) for entry in _json(response)["data"]]
         except (LookupError, TypeError):
-            said = self._excerpt(response.text, 100)
-            raise CallFailed(f"{self.url} lists no models: it answered {response.status_code} ({said})") from None
+            said = f"{response.status_code} ({self._excerpt(response.text, 100)})"
+            raise CallFailed(
+                f"{self.url}/models answered {said}; does judge_url end in /v1? If it is right, set --judge-model"
+            ) from None
 
     def _excerpt(self, text: str, most: int) -> str:
         """The beginning of what a server wrote, on one line and without the key."""
