@@ -88,7 +88,7 @@ def test_a_policy_that_cannot_grade_stops_the_run_with_the_reason(tmp_path):
         train(resolve(settings))
     text = str(told.value)
     assert re.search(
-        r"reward judge failed in (\d+) of \1 calls; the policy's replies cannot be read: give another", text
+        r"reward judge failed in (\d+) of \1 calls; the policy's replies have no score: give another", text
     )
     assert "its reply" in text
     assert 3 not in steps(tmp_path / "run")
@@ -128,7 +128,7 @@ def test_check_shows_the_judges_prompt_and_finds_that_it_cannot_grade():
     assert any("judge is the policy" in line for line in parts["rewards"].lines)
     (finding,) = parts["model"].findings
     assert finding.level == "error"
-    assert "the policy's replies cannot be read" in finding.text
+    assert "the policy's replies have no score" in finding.text
 
 
 def test_check_says_whether_the_judge_knows_right_from_wrong(monkeypatch):
