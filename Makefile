@@ -35,7 +35,7 @@ lint: $(VENV)/.installed-test
 	$(BIN)/mypy
 
 docs: $(VENV)/.installed ## rewrite from the code: settings, command line, tables, and the plans in recipes
-	$(BIN)/python -m igrpo_lite.cli.docs docs
+	$(BIN)/python tools/make_docs.py docs
 	$(BIN)/python tools/card_recipes.py docs
 
 wheel: $(VENV)/.installed

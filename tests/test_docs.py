@@ -4,9 +4,9 @@ from __future__ import annotations
 
 from pathlib import Path
 
+import make_docs as docs
 import pytest
 
-from igrpo_lite.cli import docs
 from igrpo_lite.fields import FIELDS
 
 DOCS = Path(__file__).resolve().parents[1] / "docs"

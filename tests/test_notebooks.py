@@ -11,10 +11,10 @@ from pathlib import Path
 
 import nbformat
 import pytest
+from make_docs import VERBS
 from nbclient import NotebookClient
 
 from igrpo_lite.cli.app import build
-from igrpo_lite.cli.docs import VERBS
 from igrpo_lite.cli.recipes import find
 from igrpo_lite.settings import load_file, resolve
 

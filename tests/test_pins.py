@@ -21,7 +21,7 @@ from igrpo_lite.environment import pins as module
 from igrpo_lite.environment.diagnosis import problems
 from igrpo_lite.environment.facts import Driver, Facts, Gpu, Torch
 from igrpo_lite.environment.known_bad import KNOWN_BAD
-from igrpo_lite.environment.pins import INSTALL, SETS, Choice, choose, indexes, main, missing, pins, suited
+from igrpo_lite.environment.pins import INSTALL, SETS, Choice, choose, main, missing, pins, suited
 from igrpo_lite.versions import VLLM
 
 ROOT = Path(__file__).resolve().parents[1]
@@ -109,8 +109,9 @@ def test_another_build_has_the_same_versions(file, like):
     build = file.removesuffix(".txt").partition("-")[2]
     assert {name: found.partition("+")[0] for name, found in pins(file).items()} == pins(like)
     assert {found.partition("+")[2] for found in pins(file).values()} == {"", build}
-    assert all(index.endswith(build) for index in indexes(file))
-    assert f"https://download.pytorch.org/whl/{build}" in indexes(file)
+    indexes = re.findall(r"(?m)^--extra-index-url (\S+)", (SETS / file).read_text(encoding="utf-8"))
+    assert all(index.endswith(build) for index in indexes)
+    assert f"https://download.pytorch.org/whl/{build}" in indexes
 
 
 def test_the_extras_are_within_the_supported_versions_and_take_those_of_set_a():

@@ -8,9 +8,9 @@ import sys
 from pathlib import Path
 
 import pytest
+from make_docs import filled
 
 from igrpo_lite.cli import main, recipes
-from igrpo_lite.cli.docs import filled
 from igrpo_lite.errors import ConfigError
 from igrpo_lite.planning.gpus import GIB
 from igrpo_lite.planning.models import find_model

@@ -11,15 +11,15 @@ from pathlib import Path
 
 import pytest
 import torch
+from build_tiny import Phase, Recipe, answer_all, build, is_right, main
 from hypothesis import given, settings
 from hypothesis import strategies as st
+from tiny_tokenizer import build_tokenizer
 from transformers import AutoModelForCausalLM, AutoTokenizer, Qwen2Tokenizer
 
 from igrpo_lite.problems.synthetic import GENERATORS, load
 from igrpo_lite.prompts import STAGE2_TEMPLATES, SYSTEM_PROMPTS, AnswerStyle, Placement, PromptBuilder
 from igrpo_lite.tiny import MODEL_DIR
-from igrpo_lite.tiny.build import Phase, Recipe, answer_all, build, is_right, main
-from igrpo_lite.tiny.tokenizer import build_tokenizer
 
 TOKENIZER = AutoTokenizer.from_pretrained(MODEL_DIR)
 PRINTABLE = string.digits + string.ascii_letters + string.punctuation + " \n"

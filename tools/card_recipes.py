@@ -11,7 +11,8 @@ from collections.abc import Iterator
 from pathlib import Path
 from typing import NamedTuple
 
-from igrpo_lite.cli.docs import filled
+from make_docs import filled
+
 from igrpo_lite.cli.plan import flags, settled
 from igrpo_lite.cli.recipes import CARD, names, path_of
 from igrpo_lite.planning.gpus import GIB, Gpu, find_gpu

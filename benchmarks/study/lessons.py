@@ -4,14 +4,18 @@ from __future__ import annotations
 
 import random
 import re
+import sys
 from collections.abc import Callable, Container, Mapping
 from dataclasses import dataclass, field
+from pathlib import Path
 
 from transformers import Qwen2Tokenizer
 
 from igrpo_lite.problems.synthetic import GENERATORS, Worked, split_of
-from igrpo_lite.tiny.build import Lessons, Phase, Recipe, Row
-from igrpo_lite.tiny.tokenizer import START
+
+sys.path.append(str(Path(__file__).resolve().parents[2] / "tools"))  # build_tiny
+from build_tiny import Lessons, Phase, Recipe, Row
+from tiny_tokenizer import START
 
 STEP = re.compile(r"(\d+)([-+*/])(\d+)=(\d+)")
 

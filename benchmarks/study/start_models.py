@@ -1,6 +1,6 @@
 """Makes the study's start models from nothing: ``start_models.py addition-base --output-dir DIR``.
 
-As :mod:`igrpo_lite.tiny.build` makes the bundled model, for other subjects: the synthetic sets ``addition`` and
+As :mod:`build_tiny` makes the bundled model, for other subjects: the synthetic sets ``addition`` and
 ``multiplication``, and ``words``, real word problems whose files are given on the command line. Each comes in two
 parts, a base and what goes on from it (:data:`COURSES`); the recipes beside this file have the commands. In the second
 part ``addition`` and ``multiplication`` learn to state the bare answer in most problems of some kinds. So reinforcement
@@ -25,9 +25,11 @@ from lessons import StudyLessons, Subject, addition_drill, multiplication_drill,
 from transformers import Qwen2ForCausalLM, Qwen2Tokenizer
 
 from igrpo_lite.problems.synthetic import load
-from igrpo_lite.tiny.build import Phase, Recipe, Trainer, build_model, is_right
-from igrpo_lite.tiny.tokenizer import build_tokenizer, prompt_texts
 from igrpo_lite.types import Problem
+
+sys.path.append(str(Path(__file__).resolve().parents[2] / "tools"))  # build_tiny
+from build_tiny import Phase, Recipe, Trainer, build_model, is_right
+from tiny_tokenizer import build_tokenizer, prompt_texts
 
 GROUP = 16
 BF16 = torch.backends.cpu.get_cpu_capability() == "AVX512"

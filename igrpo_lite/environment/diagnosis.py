@@ -143,7 +143,7 @@ def _gpu(facts: Facts, needs: Collection[Need]) -> Iterator[Problem]:
 
 def _known(facts: Facts, needs: Collection[Need]) -> Iterator[Problem]:
     for row in matching(facts):
-        level = row.level if row.failing is None or row.level == "error" else _severity(facts, row.failing[0], needs)
+        level = row.level if not row.failing or row.level == "error" else _severity(facts, row.failing[0], needs)
         yield Problem(level, row.happens, row.repair, row.source)
 
 

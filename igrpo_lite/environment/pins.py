@@ -115,24 +115,6 @@ def pins(file: str) -> dict[str, str]:
     return found
 
 
-def table() -> list[str]:
-    """The sets A, B and C side by side, as lines of Markdown."""
-    files = ("a.txt", "b.txt", "c.txt")
-    sets = [pins(file) for file in files]
-    lines = ["| | A | B | C |", "|---|---|---|---|"]
-    lines.append("| " + " | ".join(["`-r igrpo_lite/environment/sets/`", *(f"`{file}`" for file in files)]) + " |")
-    others = [", ".join(f"`{path.name}`" for path in sorted(SETS.glob(f"{file[0]}-*.txt"))) for file in files]
-    lines.append("| " + " | ".join(["other builds of the same versions", *(names or "" for names in others)]) + " |")
-    for package in dict.fromkeys(package for one in sets for package in one):
-        lines.append("| " + " | ".join([package, *(one.get(package, "") for one in sets)]) + " |")
-    return lines
-
-
-def indexes(file: str) -> list[str]:
-    """The package indexes that a requirements file names."""
-    return re.findall(r"(?m)^--extra-index-url (\S+)", (SETS / file).read_text(encoding="utf-8"))
-
-
 def unloadable(file: str) -> list[str]:
     """Packages that those of a set bring with them and that cannot load beside its torch, as its comments say."""
     return re.findall(r"(?m)^# without ([\w-]+)", (SETS / file).read_text(encoding="utf-8")) if file else []

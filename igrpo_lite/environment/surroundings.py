@@ -6,12 +6,12 @@ from collections.abc import Collection, Iterator
 from typing import Literal
 
 from igrpo_lite.environment.facts import Facts, Problem
+from igrpo_lite.environment.known_bad import host_notes
 
 _GIB = 2**30
 _LITTLE_MEMORY = 2 * _GIB
 _LITTLE_ROOM = {"downloaded models": 5 * _GIB, "run folders": 1 * _GIB}  # a 1.5B model in 16 bits takes 3 GB
 _LITTLE_SHM = _GIB // 4  # docker gives 64 MiB
-_RESUME = "run the same command again to go on from the last checkpoint"
 
 
 def surroundings(facts: Facts, needs: Collection[str] = ()) -> Iterator[Problem]:
@@ -19,8 +19,7 @@ def surroundings(facts: Facts, needs: Collection[str] = ()) -> Iterator[Problem]
     yield from _memory(facts)
     yield from _disks(facts)
     yield from _hub(facts, needs)
-    yield from _hosts(facts)
-    yield from _systems(facts)
+    yield from host_notes(facts)
 
 
 def _memory(facts: Facts) -> Iterator[Problem]:
@@ -65,34 +64,3 @@ def _hub(facts: Facts, needs: Collection[str]) -> Iterator[Problem]:
     else:  # offline, loading does not wait for an answer each time
         what = f"{hub.endpoint} cannot be reached ({hub.detail}): {only}"
         yield Problem(level, what, "export HF_HUB_OFFLINE=1")
-
-
-def _hosts(facts: Facts) -> Iterator[Problem]:
-    if "colab" in facts.kinds:
-        yield Problem(
-            "note",
-            "Colab ends a free session after 12 hours at most, and after about 90 minutes with nobody there; keep run "
-            f"folders on Drive and {_RESUME}",
-            "igrpo-lite train --output-dir /content/drive/MyDrive/RUN",
-            "https://research.google.com/colaboratory/faq.html",
-        )
-    if "kaggle" in facts.kinds:
-        yield Problem(
-            "note",
-            "Kaggle ends a session after 12 hours at most and gives about 30 GPU hours a week; only /kaggle/working is "
-            f"kept; {_RESUME}",
-            "igrpo-lite train --output-dir /kaggle/working/RUN",
-            "https://www.kaggle.com/docs/notebooks",
-        )
-
-
-def _systems(facts: Facts) -> Iterator[Problem]:
-    if facts.system == "Windows":
-        yield Problem("note", "on Windows itself transformers trains and samples; vLLM needs WSL2", "wsl --install")
-    elif facts.system == "Darwin":
-        yield Problem(
-            "note",
-            "on a Mac transformers trains and samples; neither vLLM nor Unsloth's CUDA code runs, and 4-bit is slow",
-        )
-    if facts.torch is not None and facts.torch.hip:
-        yield Problem("note", f"torch is built for ROCm {facts.torch.hip}; igrpo-lite was not tested on AMD GPUs")

@@ -1,4 +1,4 @@
-"""Makes the bundled model from nothing: ``python -m igrpo_lite.tiny.build --output-dir DIR``.
+"""Makes the bundled model from nothing: ``python tools/build_tiny.py --output-dir DIR``.
 
 A small Qwen2 learns from worked solutions of the ``warmup`` split, in the very prompts that reinforcement learning
 uses afterwards (stage 1, and stage 2 with right and wrong drafts). Every demonstration is a full, right solution; but
@@ -20,12 +20,12 @@ from pathlib import Path
 
 import torch
 import transformers
+from tiny_tokenizer import START, build_tokenizer
 from torch import Tensor, nn
 from transformers import DynamicCache, GenerationConfig, Qwen2Config, Qwen2ForCausalLM, Qwen2Tokenizer
 
 from igrpo_lite.problems.synthetic import TWO_STEP_KINDS, Worked, load, split_of
 from igrpo_lite.prompts import STAGE2_TEMPLATES, SYSTEM_PROMPTS, PromptBuilder
-from igrpo_lite.tiny.tokenizer import START, build_tokenizer
 from igrpo_lite.types import Problem
 
 Row = tuple[tuple[int, ...], tuple[bool, ...]]
@@ -350,7 +350,7 @@ def build(recipe: Recipe, output_dir: Path, problems: int = 400, log_every: int 
 
 def main(arguments: list[str] | None = None) -> int:
     """Command line of the builder."""
-    parser = argparse.ArgumentParser(prog="python -m igrpo_lite.tiny.build", description=__doc__)
+    parser = argparse.ArgumentParser(prog="python tools/build_tiny.py", description=__doc__)
     parser.add_argument("--output-dir", type=Path, required=True, help="folder for the model; its log lands beside it")
     parser.add_argument("--seed", type=int, default=Recipe.seed)
     parser.add_argument("--max-steps", type=int, help="cut each phase to this many steps, to try the script out")

@@ -1,4 +1,4 @@
-"""Writes from the code what would drift else: ``python -m igrpo_lite.cli.docs docs`` (``make docs``).
+"""Writes from the code what would drift else: ``python tools/make_docs.py docs`` (``make docs``).
 
 These are docs/config.md and docs/cli.md, and tables within other pages.
 """
@@ -41,8 +41,22 @@ VERBS = (
     ("data", "show"),
 )
 
+
+def sets_table() -> list[str]:
+    """The sets A, B and C side by side, as lines of Markdown."""
+    files = ("a.txt", "b.txt", "c.txt")
+    sets = [pins.pins(file) for file in files]
+    lines = ["| | A | B | C |", "|---|---|---|---|"]
+    lines.append("| " + " | ".join(["`-r igrpo_lite/environment/sets/`", *(f"`{file}`" for file in files)]) + " |")
+    others = [", ".join(f"`{path.name}`" for path in sorted(pins.SETS.glob(f"{file[0]}-*.txt"))) for file in files]
+    lines.append("| " + " | ".join(["other builds of the same versions", *(names or "" for names in others)]) + " |")
+    for package in dict.fromkeys(package for one in sets for package in one):
+        lines.append("| " + " | ".join([package, *(one.get(package, "") for one in sets)]) + " |")
+    return lines
+
+
 TABLES: dict[str, tuple[str, Callable[[], list[str]]]] = {
-    "install.md": ("sets of versions", pins.table),
+    "install.md": ("sets of versions", sets_table),
 }
 """Pages with a table of ours in them: what its comments call it, and its lines."""
 
