@@ -4,20 +4,18 @@ from __future__ import annotations
 
 import io
 import json
-from itertools import pairwise
 
 import numpy as np
 import pytest
-from comparison_parts import TOKENS, a_run, records, summary
+from comparison_parts import a_run, records, summary
 from rich.console import Console
 
 from igrpo_lite.comparison.figure import COLOURS, draw
-from igrpo_lite.comparison.markdown import markdown
+from igrpo_lite.comparison.markdown import markdown, show
 from igrpo_lite.comparison.runs import Run, read_run
-from igrpo_lite.comparison.tables import equal_tokens, notes, paired, table
-from igrpo_lite.comparison.terminal import plot, show
+from igrpo_lite.comparison.tables import notes, paired, table
 from igrpo_lite.errors import RunFolderError
-from igrpo_lite.evaluation.statistics import interpolated, over_seeds, over_seeds_and_problems, t_quantile
+from igrpo_lite.evaluation.statistics import over_seeds, over_seeds_and_problems, t_quantile
 
 
 @pytest.mark.parametrize(
@@ -88,17 +86,6 @@ def test_where_seeds_or_problems_are_too_few_there_is_no_wider_interval():
     assert over_seeds_and_problems([[1.0, 1.0], [1.0, 1.0]]) == (1.0, 1.0)
 
 
-def test_curves_are_read_between_their_points_only():
-    rng = np.random.default_rng(2)
-    xs, ys = np.sort(rng.choice(1000, 9, replace=False)), rng.random(9)
-    points = list(zip(xs.tolist(), ys.tolist(), strict=True))
-    for x in [*rng.uniform(xs[0], xs[-1], 50), *xs]:
-        assert interpolated(points, float(x)) == pytest.approx(float(np.interp(x, xs, ys)))
-    assert interpolated(points, float(xs[-1]) + 1) is None
-    assert interpolated(points, float(xs[0]) - 1) is None
-    assert interpolated([], 0.0) is None
-
-
 def test_a_run_is_read_from_its_own_files(tmp_path):
     (tmp_path / "summary.json").write_text(json.dumps(summary(3, (0.4, 0.65, 0.5, 0.6))))
     lines = [json.dumps(record) + "\n" for record in records((0.4, 0.65, 0.5, 0.6))]
@@ -158,7 +145,6 @@ def a_result(runs: list[Run]) -> dict:
         "missing": {"igrpo-3-steps-seed-3": "not run yet"},
         "table": table(runs),
         "paired": paired(runs, "grpo"),
-        "equal_tokens": equal_tokens(runs, "grpo"),
     }
 
 
@@ -217,40 +203,6 @@ def test_seeds_that_end_alike_are_no_certainty():
     assert notes([alike[0], *others]) == []  # one seed has no interval
 
 
-def test_equal_tokens_are_the_fewest_of_any_method_with_that_seed():
-    long, short = a_run("grpo", 0, 0.4, 0.5, 0.6, 0.8), a_run("igrpo", 0, 0.4, 0.7)
-    short = Run(**{name: getattr(short, name) for name in Run.__slots__} | {"sampled_tokens": 120})
-    object.__setattr__(short.points[-1], "sampled_tokens", 120)
-    found = equal_tokens([long, short], "grpo")
-    assert found["tokens"] == {0: 120}
-    wanted = np.interp(120, np.cumsum([0, *TOKENS]), [0.4, 0.5, 0.6, 0.8])
-    assert found["table"]["grpo"]["single"]["values"] == [pytest.approx(wanted)]
-    assert found["table"]["igrpo"]["single"]["values"] == [0.7]
-    assert found["paired"]["igrpo"]["single"]["values"] == [pytest.approx(0.7 - wanted)]
-    stopped = a_run("igrpo", 0, 0.4, 0.7, stopped="ruined")
-    object.__setattr__(stopped.points[-1], "sampled_tokens", 20)
-    found = equal_tokens([long, stopped], "grpo")
-    assert (found["tokens"], found["table"].keys(), found["paired"]) == ({0: 180}, {"grpo"}, {})
-
-
-def test_a_chart_puts_each_point_in_its_place():
-    curves = [[(0, 50), (50, 60), (100, 70)], [(0, 50), (100, 50)]]
-    for braille in (True, False):
-        title, *rows, axis = plot("t", curves, width=11, height=5, braille=braille).plain.splitlines()
-        cells = [row.partition("|")[2] for row in rows]
-        assert title == "t"
-        assert [cells[row][column] for row, column in ((4, 0), (2, 5), (0, 10), (4, 10))] == ["*", "a", "a", "b"]
-        assert [row[:5].strip() for row in rows] == ["70", "", "60", "", "50"]
-        assert axis.strip() == "0--------100"
-        drawn = [[(0x2800 < ord(c) < 0x2900) if braille else c == "." for c in row] for row in cells]
-        assert all(drawn[4][1:10])  # the flat line fills the lowest row
-        columns = [
-            next(i for i, hit in enumerate(column) if hit or cells[i][x] in "a*")
-            for x, column in enumerate(zip(*drawn, strict=True))
-        ]
-        assert all(0 <= left - right <= 1 for left, right in pairwise(columns))  # the rising one has no gap
-
-
 def test_terminal_and_pipe_show_the_same_numbers():
     result = a_result(some_runs())
     shown = {}
@@ -259,7 +211,7 @@ def test_terminal_and_pipe_show_the_same_numbers():
         console = Console(file=io.StringIO(), width=100, force_terminal=terminal, color_system=colours)
         show(result, console)
         shown[terminal] = console.file.getvalue()
-        for cell in ("65.0 [52.6, 77.4]", "+18.3", "1 of 3", "a grpo"):
+        for cell in ("65.0 [52.6, 77.4]", "+18.3", "1 of 3", "grpo"):
             assert cell in " ".join(shown[terminal].split())
     assert "\x1b[" in shown[True]
     assert "\x1b[" not in shown[False]

@@ -59,9 +59,8 @@ def compare(
 
     from igrpo_lite.cli.recipes import find
     from igrpo_lite.comparison import compare as run_all
-    from igrpo_lite.comparison.markdown import by_reason
+    from igrpo_lite.comparison.markdown import by_reason, show
     from igrpo_lite.comparison.methods import read_methods
-    from igrpo_lite.comparison.terminal import show
 
     if unknown := [word for word in methods if word.startswith("-")]:
         named = list(takewhile(lambda word: not word.startswith("-"), methods))  # a later one may be a flag's value

@@ -1,9 +1,13 @@
-"""A comparison as Markdown tables; the rows of the first one are also what the terminal shows."""
+"""A comparison as Markdown tables; the first one is also shown in the terminal."""
 
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
 from typing import Any
+
+from rich.console import Console
+from rich.table import Table
+from rich.text import Text
 
 from igrpo_lite.comparison.runs import COLLAPSE, MEASURES
 from igrpo_lite.comparison.tables import COSTS
@@ -47,7 +51,6 @@ def markdown(result: Mapping[str, Any]) -> str:
         "## Over the steps\n",
         _over_steps(result),
         *_paired(result),
-        *_equal_tokens(result),
         "## Costs\n",
         "Means per run; seconds by the clock leave out loading, evaluating and saving. A collapse is a run "
         f"that ends more than {100 * COLLAPSE:.0f} points of single-pass accuracy below its own best evaluation, below "
@@ -56,6 +59,21 @@ def markdown(result: Mapping[str, Any]) -> str:
         _provenance(result),
     ]
     return "\n".join(parts)
+
+
+def show(result: Mapping[str, Any], console: Console) -> None:
+    """Print the first table: in a terminal what fits into 80 columns, elsewhere all of it as Markdown."""
+    header, rows = summary_rows(result)
+    if not console.is_terminal:
+        console.file.write(f"{pipes(header, rows)}\n{INTERVALS}\n")
+        return
+    places = (0, 1, 2, 3, 4, -1)
+    table = Table(box=None, padding=(0, 1), header_style="dim")
+    for place in places:
+        table.add_column(header[place], justify="right" if place else "left", overflow="fold", min_width=7)
+    for row in rows:
+        table.add_row(*(Text(row[place]) for place in places))
+    console.print(table, "", INTERVALS.replace("`", ""), sep="\n", highlight=False)
 
 
 def by_reason(missing: Mapping[str, str]) -> dict[str, list[str]]:
@@ -132,26 +150,6 @@ def _paired(result: Mapping[str, Any]) -> list[str]:
         "The first interval holds for these held-out problems; the second also covers the chance in which problems "
         "they are.\n",
         pipes([*header, "seed by seed"], rows),
-    ]
-
-
-def _equal_tokens(result: Mapping[str, Any]) -> list[str]:
-    found = result["equal_tokens"]
-    if not found["table"]:
-        return []
-    rows = []
-    for method, measures in found["table"].items():
-        against = found["paired"].get(method)
-        cells = [brief(measures[measure]) for measure in MEASURES]
-        rows.append([f"`{method}`", *cells, *(brief(against[m], "+") if against else "" for m in MEASURES)])
-    base, budgets = result["baseline"], found["tokens"].values()
-    span = f"{min(budgets):,} tokens"
-    span += f" (with another seed up to {max(budgets):,})" if len(set(budgets)) > 1 else ""
-    return [
-        "## At equal sampled tokens\n",
-        f"Where a run had sampled {span}, as many as the thriftiest method samples in all; straight lines "
-        "between evaluations.\n",
-        pipes(["method", "single", "refined", f"minus `{base}`, single", f"minus `{base}`, refined"], rows),
     ]
 
 

@@ -18,7 +18,7 @@ from igrpo_lite.comparison.markdown import by_reason, markdown
 from igrpo_lite.comparison.methods import Find, Method, existing, read_methods, read_seeds
 from igrpo_lite.comparison.processes import Ended, Job, run_all
 from igrpo_lite.comparison.runs import MEASURES, Run, made_otherwise, read_run, unfinished
-from igrpo_lite.comparison.tables import equal_tokens, notes, paired, table, versions
+from igrpo_lite.comparison.tables import notes, paired, table, versions
 from igrpo_lite.errors import ConfigError, UserError
 from igrpo_lite.report.text import duration, percent
 
@@ -171,7 +171,6 @@ def _result(
         "missing": dict(missing),
         "table": table(runs),
         "paired": paired(runs, baseline),
-        "equal_tokens": equal_tokens(runs, baseline),
         "runs": [_record(run) for run in runs],
     }
 

@@ -1,4 +1,4 @@
-"""Runs put side by side: accuracies over seeds, paired differences to the first method, costs, equal tokens."""
+"""Runs put side by side: accuracies over seeds, paired differences from the first method, costs."""
 
 from __future__ import annotations
 
@@ -7,7 +7,7 @@ from collections.abc import Iterable, Sequence
 from typing import Any
 
 from igrpo_lite.comparison.runs import MEASURES, Run
-from igrpo_lite.evaluation.statistics import interpolated, over_seeds, over_seeds_and_problems
+from igrpo_lite.evaluation.statistics import over_seeds, over_seeds_and_problems
 
 COSTS = ("rollouts", "sampled_tokens", "learning_tokens", "backbone_tokens", "seconds")
 
@@ -40,36 +40,6 @@ def paired(runs: Sequence[Run], baseline: str) -> dict[str, dict[str, Any]]:
             wider = None if bounds is None else dict(zip(("low", "high"), bounds, strict=True))
             found[method][measure] = over_seeds(differences) | {"problems": wider}
     return found
-
-
-def equal_tokens(runs: Sequence[Run], baseline: str) -> dict[str, Any]:
-    """Accuracies where each run had sampled as many tokens as the thriftiest method does in all with the same seed.
-
-    Linear between evaluations, never extrapolated. Runs that were stopped set no limit, and are left out where they
-    had not come so far.
-    """
-    budgets: dict[int, int] = {}
-    for run in runs:
-        if run.stopped is None:
-            budgets[run.seed] = min(run.sampled_tokens, budgets.get(run.seed, run.sampled_tokens))
-
-    def at(run: Run, measure: str) -> float | None:
-        curve = [(point.sampled_tokens, getattr(point, measure)) for point in run.points]
-        return interpolated(curve, budgets[run.seed]) if run.seed in budgets else None
-
-    def differences(pairs: Sequence[tuple[Run, Run]], measure: str) -> list[float]:
-        values = [(at(run, measure), at(base, measure)) for run, base in pairs]
-        return [own - other for own, other in values if own is not None and other is not None]
-
-    found = {
-        method: {measure: [value for run in mine if (value := at(run, measure)) is not None] for measure in MEASURES}
-        for method, mine in grouped(runs).items()
-    }
-    against = {
-        method: {measure: differences(pairs, measure) for measure in MEASURES}
-        for method, pairs in _pairs(runs, baseline).items()
-    }
-    return {"tokens": budgets, "table": _summarised(found), "paired": _summarised(against)}
 
 
 def notes(runs: Sequence[Run]) -> list[str]:
@@ -154,11 +124,3 @@ def _by_problem(pairs: Sequence[tuple[Run, Run]], measure: str) -> list[list[flo
     if not ids or any(own.keys() != ids or other.keys() != ids for own, other in answers):
         return []
     return [[float(own[key]) - float(other[key]) for key in ids] for own, other in answers]
-
-
-def _summarised(values: dict[str, dict[str, list[float]]]) -> dict[str, dict[str, Any]]:
-    return {
-        method: {measure: over_seeds(found) for measure, found in measures.items()}
-        for method, measures in values.items()
-        if all(measures.values())
-    }

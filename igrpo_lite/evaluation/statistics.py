@@ -259,13 +259,3 @@ def t_distribution(t: float, freedom: int) -> float:
         term *= cosine * cosine * k / (k + 1)
     inside = 2 / math.pi * (angle + math.sin(angle) * total) if freedom % 2 else math.sin(angle) * total
     return (1 + inside) / 2
-
-
-def interpolated(points: Sequence[tuple[float, float]], x: float) -> float | None:
-    """The value at ``x`` of the line through points in ascending order; ``None`` outside them, never extrapolated."""
-    if not points or not points[0][0] <= x <= points[-1][0]:
-        return None
-    before = max((point for point in points if point[0] <= x), key=lambda point: point[0])
-    after = next((point for point in points if point[0] > x), before)
-    width = after[0] - before[0]
-    return before[1] if not width else before[1] + (after[1] - before[1]) * (x - before[0]) / width
