@@ -181,24 +181,6 @@ def test_metadata_is_read_as_it_is(tmp_path: Path, monkeypatch: pytest.MonkeyPat
     assert "unsloth" not in requires
 
 
-def test_an_editable_installation_is_read_from_its_project_file(
-    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    install(tmp_path, "igrpo-lite", "0.0.1", requires=("torch>=1",))
-    origin = {"url": (tmp_path / "checkout").as_uri(), "dir_info": {"editable": True}}
-    (tmp_path / "igrpo_lite-0.0.1.dist-info" / "direct_url.json").write_text(json.dumps(origin))
-    monkeypatch.syspath_prepend(tmp_path)
-    assert read_packages()[1]["igrpo-lite"] == ("torch>=1",)  # its checkout is gone
-    (tmp_path / "checkout").mkdir()
-    (tmp_path / "checkout" / "pyproject.toml").write_text((ROOT / "pyproject.toml").read_text())
-    found = read_packages()[1]["igrpo-lite"]
-    assert any(text.startswith("torch>=2") for text in found)
-    assert any(text.startswith("vllm") and "extra == 'vllm'" in text for text in found)
-
-
-# --- driver and GPUs ---
-
-
 def nvidia_smi(folder: Path, monkeypatch: pytest.MonkeyPatch, script: str) -> None:
     file = folder / "nvidia-smi"
     file.write_text(f"#!/bin/sh\n{script}\n")

@@ -15,10 +15,8 @@ from igrpo_lite.config import RunConfig
 from igrpo_lite.report import choice as screen_module
 from igrpo_lite.report.choice import make_screen
 from igrpo_lite.report.live import LiveScreen
-from igrpo_lite.report.pace import Pace
 from igrpo_lite.report.plain import PlainScreen, QuietScreen
-from igrpo_lite.report.sample import Sample
-from igrpo_lite.report.screen import Screen
+from igrpo_lite.report.screen import Pace, Sample, Screen
 from igrpo_lite.report.text import clean, count, cut, duration, evaluation_line, sample_lines
 
 NASTY = "a [bold red]b[/] [/nope] \x1b[2J\x1b]0;title\x07 c\r\x08\x00 \u202egnirts\u202c \ud800 漢字かな :smile: \\["

@@ -12,7 +12,6 @@ from cyclopts import Parameter
 
 from igrpo_lite import __version__
 from igrpo_lite.cli.flags import COMMAND
-from igrpo_lite.fields import FIELDS
 
 if TYPE_CHECKING:
     from igrpo_lite.environment.diagnosis import Choice
@@ -52,29 +51,22 @@ def doctor(
 
 
 def _as_json(facts: Facts, found: list[Problem], chosen: dict[str, Choice], code: int) -> dict[str, Any]:
+    from igrpo_lite.environment.pins import missing, suited
+
+    suits = suited(facts)
     return {
         "igrpo_lite": __version__,
         "exit_code": code,
         "problems": [asdict(problem) for problem in found],
-        "auto": {name: asdict(choice) for name, choice in _settings(chosen).items()},
-        "versions": _versions_as_json(facts),
+        "auto": {name: asdict(choice) for name, choice in chosen.items()},
+        "versions": {
+            "set": suits.letter,
+            "file": str(suits.path) if suits.file else "",
+            "reason": suits.reason,
+            "missing": missing(suits.file, facts.versions()),
+        },
         "facts": asdict(facts) | {"kinds": sorted(facts.kinds)},
     }
-
-
-def _versions_as_json(facts: Facts) -> dict[str, Any]:
-    from igrpo_lite.environment.pins import missing, suited
-
-    choice = suited(facts)
-    absent = missing(choice.file, facts.versions()) if choice.file else []
-    return {"set": choice.letter, "file": str(choice.path) if choice.file else "", "reason": choice.reason} | {
-        "missing": absent
-    }
-
-
-def _settings(chosen: dict[str, Choice]) -> dict[str, Choice]:
-    """The choices of settings that exist."""
-    return {name: choice for name, choice in chosen.items() if name in FIELDS}
 
 
 def _text(facts: Facts, found: list[Problem], chosen: dict[str, Choice]) -> Iterator[str]:
@@ -161,7 +153,7 @@ def _back_ends(facts: Facts, chosen: dict[str, Choice]) -> Iterator[str]:
 
     for name, back_end in facts.back_ends.items():
         yield f"  {name:20} {back_end.state}" + (f": {cut(back_end.error, 300)}" if back_end.error else "")
-    for name, choice in _settings(chosen).items():
+    for name, choice in chosen.items():
         yield f"  --{name} auto: {choice.choice}, as {choice.reason}"
 
 

@@ -62,22 +62,18 @@ def problems(facts: Facts, needs: Collection[Need] = ()) -> list[Problem]:
 
 def choices(facts: Facts) -> dict[str, Choice]:
     """What ``auto`` comes to, by the name of the setting."""
-    cuda = facts.torch is not None and facts.torch.available
     vllm, unsloth = _state(facts, "vllm"), _state(facts, "unsloth")
-    if not cuda:
+    sampler = Choice("transformers", f"vLLM, which is faster, is {vllm}")
+    back_end = Choice("transformers", f"Unsloth is {unsloth}")
+    if facts.torch is None or not facts.torch.available:
+        no_gpu = "torch has no CUDA GPU here"
         also = "; --sampler vllm works too" if vllm == "works" else ""
-        sampler = Choice("transformers", f"torch has no CUDA GPU here{also}")
-    elif vllm == "works":
+        return {"sampler": Choice("transformers", no_gpu + also), "backend": Choice("transformers", no_gpu)}
+    if vllm == "works":
         sampler = Choice("vllm", "there is a CUDA GPU and vLLM works")
-    else:
-        sampler = Choice("transformers", f"vLLM, which is faster, is {vllm}")
-    if not cuda:
-        back_end = Choice("transformers", "torch has no CUDA GPU here")
-    elif unsloth == "works":
+    if unsloth == "works":
         shared = ", sharing its weights with vLLM" if vllm == "works" else ""
         back_end = Choice("unsloth", f"there is a CUDA GPU and Unsloth works{shared}")
-    else:
-        back_end = Choice("transformers", f"Unsloth is {unsloth}")
     return {"sampler": sampler, "backend": back_end}
 
 

@@ -2,16 +2,10 @@
 
 from __future__ import annotations
 
-import json
 import re
-import tomllib
-from collections.abc import Iterable, Iterator, Mapping
+from collections.abc import Iterable
 from dataclasses import dataclass
 from importlib.metadata import Distribution, PackageNotFoundError, distribution
-from pathlib import Path
-from typing import Any
-from urllib.parse import urlsplit
-from urllib.request import url2pathname
 
 from packaging.requirements import InvalidRequirement, Requirement
 from packaging.specifiers import Specifier, SpecifierSet
@@ -196,31 +190,7 @@ def _installed(name: str) -> Distribution | None:
 def _requirements(name: str) -> tuple[str, ...] | None:
     """``None`` where the distribution is not installed."""
     installed = _installed(name)
-    if installed is None:
-        return None
-    project = _checkout(installed) if name == OURS else None
-    return tuple(installed.requires or ()) if project is None else tuple(_project_requirements(project))
-
-
-def _checkout(installed: Distribution) -> Mapping[str, Any] | None:
-    """The ``[project]`` table of an editable installation: its metadata is as old as the last ``pip install``."""
-    try:
-        origin = json.loads(installed.read_text("direct_url.json") or "{}")
-        if not origin.get("dir_info", {}).get("editable"):
-            return None
-        file = Path(url2pathname(urlsplit(origin["url"]).path)) / "pyproject.toml"
-        project: Mapping[str, Any] = tomllib.loads(file.read_text(encoding="utf-8"))["project"]
-    except (OSError, ValueError, KeyError, AttributeError):
-        return None
-    return project
-
-
-def _project_requirements(project: Mapping[str, Any]) -> Iterator[str]:
-    yield from project.get("dependencies", ())
-    for extra, texts in project.get("optional-dependencies", {}).items():
-        for text in texts:
-            requirement, _, marker = text.partition(";")
-            yield f"{requirement}; ({marker}) and extra == '{extra}'" if marker else f"{text}; extra == '{extra}'"
+    return None if installed is None else tuple(installed.requires or ())
 
 
 def _parsed(text: str) -> Requirement | None:

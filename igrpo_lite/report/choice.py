@@ -1,4 +1,4 @@
-"""The choice between a live view, plain lines and near silence."""
+"""The choice between a live view, plain lines and a quiet run."""
 
 from __future__ import annotations
 

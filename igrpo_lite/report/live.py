@@ -14,9 +14,7 @@ from rich.table import Table
 from rich.text import Text
 
 from igrpo_lite.config import RunConfig
-from igrpo_lite.report.pace import Pace
-from igrpo_lite.report.sample import Sample
-from igrpo_lite.report.screen import EvaluationName, Level
+from igrpo_lite.report.screen import EvaluationName, Level, Pace, Sample
 from igrpo_lite.report.summary import summary_view
 from igrpo_lite.report.text import (
     accuracy,

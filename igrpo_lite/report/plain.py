@@ -11,9 +11,7 @@ from typing import Any, Self, TextIO
 from rich.console import Console
 
 from igrpo_lite.config import RunConfig
-from igrpo_lite.report.pace import Pace
-from igrpo_lite.report.sample import Sample
-from igrpo_lite.report.screen import EvaluationName, Level
+from igrpo_lite.report.screen import EvaluationName, Level, Pace, Sample
 from igrpo_lite.report.summary import summary_view
 from igrpo_lite.report.text import clean, count, duration, evaluation_line, number, percent, sample_lines
 

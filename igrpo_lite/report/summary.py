@@ -2,39 +2,14 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
-from typing import Any, TypedDict
+from collections.abc import Mapping
+from typing import Any
 
 from rich.console import Group, RenderableType
 from rich.table import Table
 from rich.text import Text
 
 from igrpo_lite.report.text import accuracy, clean, duration
-
-
-class Summary(TypedDict, total=False):
-    """What the summary view reads of `summary.json`; all of it may be absent."""
-
-    before: Mapping[str, Any] | None
-    """Evaluation of the model without adapter: {"step", "single": {"accuracy", "n", "low", "high"}, "refined": ...}."""
-    after: Mapping[str, Any] | None
-    """Evaluation after the last step; absent where the run was stopped before."""
-    best: Mapping[str, Any] | None
-    """The evaluation with the best single-pass accuracy."""
-    steps: int
-    max_steps: int
-    stopped: str | None
-    """Why the run ended before `max_steps`, if it did."""
-    evaluations: int
-    """Evaluations among which `best` is the best: the choice flatters it a little."""
-    time: Mapping[str, float]
-    """Seconds per phase."""
-    adapter: str | None
-    """Folder of the last adapter."""
-    best_adapter: str | None
-    """Folder of the adapter of `best`."""
-    next: Sequence[str]
-    """Commands or sentences on how to go on, one per line."""
 
 
 def summary_view(summary: Mapping[str, Any]) -> RenderableType:

@@ -9,7 +9,7 @@ from typing import Any
 
 from rich.cells import cell_len
 
-from igrpo_lite.report.sample import Sample
+from igrpo_lite.report.screen import Sample
 
 # CSI and OSC sequences, so that no "[31m" is left behind once the escape character itself is dropped.
 _ESCAPES = re.compile(r"\x1b\[[0-?]*[ -/]*[@-~]|\x1b\][^\x07\x1b]*(?:\x07|\x1b\\)?|\x1b.")

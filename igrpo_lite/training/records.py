@@ -7,7 +7,7 @@ from typing import Any
 
 from igrpo_lite.algorithms.replay import Replay
 from igrpo_lite.algorithms.rollout import Rollout
-from igrpo_lite.report.sample import Sample
+from igrpo_lite.report.screen import Sample
 from igrpo_lite.types import Completion, Group, Score
 
 
