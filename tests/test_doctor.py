@@ -296,7 +296,13 @@ def test_surroundings():
         kinds=frozenset({"wsl", "colab"}), memory=Memory(4 * GIB, GIB), shm_bytes=64 * 2**20, disks=disks, hub=hub
     )
     said = "\n".join(problem.what for problem in problems(facts))
-    for words in ("1.0 GiB of main", "64 MiB of shared", "1.0 GiB free for", "no right to write run", "slow from WSL"):
+    for words in (
+        "1.0 GiB of main",
+        "64 MiB of shared",
+        "1.0 GiB free for",
+        "no permission to write run",
+        "slow from WSL",
+    ):
         assert words in said
     assert "12 hours" in one(facts, "Colab").what
     assert (one(facts, "no route").level, one(facts, "no route").repair) == ("warning", "export HF_HUB_OFFLINE=1")

@@ -265,7 +265,7 @@ def test_a_colab_t4_gets_set_b_and_pip_runs_once(smi, monkeypatch, capfd):
     told = capfd.readouterr().out
     assert "Tesla T4, compute capability 7.5" in told
     assert "set B (b-cu129.txt), as the driver runs CUDA 12.4 at most" in told
-    assert "nobody has run them on a GPU" in told
+    assert "not tested on a GPU yet" in told
     real = subprocess.run
     monkeypatch.setattr(
         module.subprocess, "run", lambda command, **o: pip(command, **o) if "pip" in command else real(command, **o)
@@ -311,4 +311,4 @@ def test_a_machine_without_gpu_that_has_everything_is_left_alone(monkeypatch, ca
     monkeypatch.setenv("PATH", "")
     monkeypatch.setattr(module, "ask_driver", Driver)
     assert main(["--install"]) == 0
-    assert "all of it is installed" in capfd.readouterr().out
+    assert "all packages of the set are installed" in capfd.readouterr().out

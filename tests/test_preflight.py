@@ -33,7 +33,7 @@ def test_nothing_stands_in_the_way_of_the_bundled_model(capsys):
     assert "40 of 40 training gold answers verify against themselves" in out
     assert "<|im_start|>user" in out  # prompts with their special tokens
     assert "6 problems x 4 samples" in out
-    assert out.splitlines()[-1] == "nothing stands in the way"
+    assert out.splitlines()[-1] == "no problems found"
 
 
 def test_without_the_model_nothing_is_sampled(capsys):

@@ -70,7 +70,7 @@ def _show(found: Preflight) -> None:
         for finding in part.findings:
             _say(f"{finding.level}: {finding.text}")
         print()
-    print("something would keep this run from learning (errors above)" if found.failed else "nothing stands in the way")
+    print("this run could not learn: see the errors above" if found.failed else "no problems found")
 
 
 def _say(line: str) -> None:

@@ -1,4 +1,4 @@
-"""``igrpo-lite doctor``: what this machine can do, what stands in the way, and the commands that repair it."""
+"""``igrpo-lite doctor``: what works on this machine, what does not, and the commands that repair it."""
 
 from __future__ import annotations
 
@@ -32,9 +32,9 @@ def doctor(
     ] = None,
     timeout: Annotated[float, Parameter(help="Seconds that trying the back ends may take.", group=COMMAND)] = 120.0,
 ) -> int:
-    """Check versions, GPU, memory, disks, hub and back ends (each is tried in a process of its own), and print what
-    stands in the way with the commands that repair it. Exit code 0: training works; 3: it does not, or something does
-    not that --need asks for or that is installed for the GPU."""
+    """Check versions, GPU, memory, disks, hub and back ends (each is tried in a process of its own), and print the
+    problems with the commands that repair them. Exit code 0: training works; 3: it does not, or something does not
+    that --need asks for or that is installed for the GPU."""
     from igrpo_lite.doctor.collect import collect
     from igrpo_lite.environment.diagnosis import choices, exit_code, problems
 
@@ -128,10 +128,10 @@ def _set(facts: Facts) -> Iterator[str]:
     absent = missing(choice.file, facts.versions())
     yield f"  versions that go together: {choice}"
     if absent:
-        yield f"    of it missing: {', '.join(absent[:6])}{f' and {len(absent) - 6} more' if len(absent) > 6 else ''}"
+        yield f"    missing: {', '.join(absent[:6])}{f' and {len(absent) - 6} more' if len(absent) > 6 else ''}"
         yield f"    {INSTALL}"
     else:
-        yield "    all of it is installed"
+        yield "    all are installed"
 
 
 def _machine(facts: Facts) -> Iterator[str]:
@@ -139,7 +139,7 @@ def _machine(facts: Facts) -> Iterator[str]:
         shared = "" if facts.shm_bytes is None else f"; shared memory: {_size(facts.shm_bytes)} free"
         yield f"  memory: {_free(facts.memory.free_bytes, facts.memory.total_bytes)}{shared}"
     for disk in facts.disks:
-        yield f"  {disk.what}: {disk.path}, {_free(disk.free_bytes)}{'' if disk.writable else ', no right to write'}"
+        yield f"  {disk.what}: {disk.path}, {_free(disk.free_bytes)}{'' if disk.writable else ', not writable'}"
     if facts.hub is not None:
         detail = f" ({facts.hub.detail})" if facts.hub.detail else ""
         token = "a token is set" if facts.hub.token else "no token (gated models need one)"
@@ -161,10 +161,10 @@ def _problems(found: list[Problem]) -> Iterator[str]:
     from igrpo_lite.report.text import cut
 
     if not found:
-        yield "Nothing stands in the way."
+        yield "No problems found."
         return
     errors = sum(problem.level == "error" for problem in found)
-    yield f"Problems, the most important first ({errors} of {len(found)} must be mended)"
+    yield f"Problems, the most important first ({errors} of {len(found)} are errors)"
     for number, problem in enumerate(found, 1):
         yield f"{number:3}. {problem.level}: {cut(problem.what, 600)}"
         yield from (
@@ -174,7 +174,7 @@ def _problems(found: list[Problem]) -> Iterator[str]:
 
 def _free(free: int | None, total: int | None = None) -> str:
     if free is None:
-        return "room unknown" if total is None else f"{_size(total)}"
+        return "free space unknown" if total is None else f"{_size(total)}"
     return f"{_size(free)} free" if total is None else f"{free / _GIB:.1f} of {_size(total)} free"
 
 

@@ -48,7 +48,7 @@ class Choice:
 
 
 def problems(facts: Facts, needs: Collection[Need] = ()) -> list[Problem]:
-    """Everything that stands in the way, the most important first: by level, then from the bottom of the stack up."""
+    """All problems, the most important first: by level, then from the bottom of the stack up."""
     found = [
         *_base(facts),
         *_gpu(facts, needs),
@@ -119,7 +119,7 @@ def _gpu(facts: Facts, needs: Collection[Need]) -> Iterator[Problem]:
         what = f"torch {torch.version} cannot use {seen[0].name}: {torch.error or 'it sees no GPU'}"
         yield Problem("error", what, _anew(facts))
     if "gpu" in needs and not usable:
-        yield Problem("error", "a GPU was asked for, and torch can use none", "see the GPU's lines above")
+        yield Problem("error", "--need gpu: torch can use no GPU", "see the GPU's lines above")
     if gpu is None:
         return
     if gpu.capability is not None and dtype_for(gpu.capability).dtype is None:

@@ -169,7 +169,7 @@ class Facts:
 
 @dataclass(frozen=True, slots=True)
 class Problem:
-    """Something that stands in the way, or that is good to know.
+    """Something that does not work, or that is good to know.
 
     Attributes:
         level: ``error``: training, or what the user asked for, cannot work; ``warning``: something else cannot, or may

@@ -168,19 +168,19 @@ def main(words: Sequence[str] | None = None) -> int:
     if not choice.file:
         return 3
     if not _installed(["igrpo-lite"]):
-        print("igrpo-lite itself comes first: pip install --no-deps . in its folder")
+        print("install igrpo-lite itself first: run pip install --no-deps . in its folder")
         return 2
     installed = _installed(pins(choice.file))
     absent = missing(choice.file, installed)
     absent += [name for name in _needed() if name not in pins(choice.file) and name not in _installed([name])]
     command = choice.command(installed)
     if not absent:
-        print("all of it is installed")
+        print("all packages of the set are installed")
         return 0
     more = f" and {len(absent) - 8} more" if len(absent) > 8 else ""
     print(f"missing: {', '.join(absent[:8])}{more}")
     if choice.letter:
-        print("the versions are known to go together by what their packages say; nobody has run them on a GPU yet")
+        print("the packages' metadata says that these versions go together; not tested on a GPU yet")
     print(shlex.join(command), flush=True)
     if not given.install:
         return 0

@@ -39,7 +39,7 @@ def _disks(facts: Facts) -> Iterator[Problem]:
     moves = {"downloaded models": "export HF_HOME=/a/larger/disk", "run folders": "igrpo-lite train --output-dir DIR"}
     for disk in facts.disks:
         if not disk.writable:
-            yield Problem("warning", f"no right to write {disk.what} to {disk.path}", moves.get(disk.what, ""))
+            yield Problem("warning", f"no permission to write {disk.what} to {disk.path}", moves.get(disk.what, ""))
         elif disk.free_bytes is not None and disk.free_bytes < _LITTLE_ROOM.get(disk.what, 0):
             free = disk.free_bytes / _GIB
             yield Problem(
