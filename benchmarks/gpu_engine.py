@@ -24,8 +24,9 @@ from igrpo_lite.sampling.vllm_internals import _runner
 from igrpo_lite.sampling.vllm_policy import base_parameters
 from igrpo_lite.settings import resolve
 from igrpo_lite.training.card import Fitted, fitted, gpu_in_use
-from igrpo_lite.training.prepare import Prepared, prepare
+from igrpo_lite.training.prepare import prepare
 from igrpo_lite.types import Completion
+from igrpo_lite.workbench import Workbench
 
 if TYPE_CHECKING:
     from gpu_worker import Context
@@ -41,7 +42,7 @@ class Loaded:
     loading left allocated and took at most."""
 
     config: RunConfig
-    prepared: Prepared
+    prepared: Workbench
     card: Fitted
     allocated: int = 0
     peak: int = 0

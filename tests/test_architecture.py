@@ -20,6 +20,7 @@ FLOORS = [
     {"policy"},
     {"sampling"},
     {"algorithms"},
+    {"workbench"},
     {"doctor", "evaluation", "export", "report"},
     {"training"},
     {"comparison"},

@@ -255,7 +255,10 @@ def test_files_deleted_from_a_run_folder(straight: Path, tmp_path: Path, capsys)
         (["none"], "no folder of that name here, and as a hub id it could not be loaded"),
         (["tiny", "--adapter", "none"], "none holds no adapter (no adapter_config.json)"),
         (["tiny", "--adapter", "cut"], "adapter cut does not fit the model"),
-        (["tiny", "--max-prompt-length", "3"], "all 4 held-out prompts are longer than max_prompt_length = 3 tokens"),
+        (
+            ["tiny", "--max-prompt-length", "3"],
+            "every held-out prompt is longer than max_prompt_length = 3 tokens; raise",
+        ),
         (["tiny", "--output", "none/results.json"], "--output none/results.json: there is no folder none"),
     ],
 )

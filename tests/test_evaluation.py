@@ -23,11 +23,11 @@ from igrpo_lite.problems.synthetic import load
 from igrpo_lite.rewards.scorer import Scorer
 from igrpo_lite.sampling.base import Request, request_seed
 from igrpo_lite.training import train
-from igrpo_lite.training.prepare import Prepared
+from igrpo_lite.workbench import Workbench
 
 
 @pytest.fixture(scope="module")
-def parts() -> Iterator[Prepared]:
+def parts() -> Iterator[Workbench]:
     made = tiny_parts(small_config(eval_size=12))
     yield made
     made.close()

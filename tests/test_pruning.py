@@ -29,19 +29,19 @@ from igrpo_lite.algorithms.learning import learning_sequences
 from igrpo_lite.algorithms.rollout import Rollout
 from igrpo_lite.config import RunConfig
 from igrpo_lite.policy.loading import Policy
-from igrpo_lite.training.prepare import Prepared
 from igrpo_lite.training.update import PolicyUpdate, UpdateStats
+from igrpo_lite.workbench import Workbench
 
 
 @pytest.fixture(scope="module")
-def parts() -> Iterator[Prepared]:
+def parts() -> Iterator[Workbench]:
     made = tiny_parts(config_of("igrpo-joint"))
     yield made
     made.scorer.close()
 
 
 @pytest.fixture(scope="module")
-def collect(parts: Prepared) -> Collect:
+def collect(parts: Workbench) -> Collect:
     return rollouts_of(parts)
 
 
@@ -146,11 +146,11 @@ def test_the_prompt_runs_once_per_group(parts, collect):
 
 
 @pytest.fixture(scope="module")
-def sliced() -> Iterator[Callable[[str, bool], Prepared]]:
+def sliced() -> Iterator[Callable[[str, bool], Workbench]]:
     """Parts of a run with an adapter on some layers only, with or without recomputed activations."""
-    made: dict[tuple[str, bool], Prepared] = {}
+    made: dict[tuple[str, bool], Workbench] = {}
 
-    def parts_with(layers: str, recomputed: bool) -> Prepared:
+    def parts_with(layers: str, recomputed: bool) -> Workbench:
         key = layers, recomputed
         if key not in made:
             made[key] = tiny_parts(config_of("igrpo", lora_layers=layers, gradient_checkpointing=recomputed))
@@ -171,7 +171,7 @@ class Trace:
     graphs: list[bool]
 
 
-def traced(parts: Prepared, config: RunConfig, rollouts: Sequence[Rollout]) -> Trace:
+def traced(parts: Workbench, config: RunConfig, rollouts: Sequence[Rollout]) -> Trace:
     layers = parts.policy.model.get_base_model().model.layers
     runs, graphs, kept = [0] * len(layers), [False] * len(layers), {}
     frozen = {p.untyped_storage().data_ptr() for p in parts.policy.model.parameters()}

@@ -32,9 +32,9 @@ from igrpo_lite.algorithms.rollout import Rollout, learning_groups
 from igrpo_lite.algorithms.selection import Learning
 from igrpo_lite.config import RunConfig
 from igrpo_lite.policy.loading import Policy
-from igrpo_lite.training.prepare import Prepared
 from igrpo_lite.training.update import PolicyUpdate
 from igrpo_lite.types import Completion, Group
+from igrpo_lite.workbench import Workbench
 
 ALGORITHMS = ("grpo", "igrpo", "igrpo-joint")
 TOKENS = ("all", "s-grpo", "t-spmo", "entropy")
@@ -42,14 +42,14 @@ LOSSES = ("grpo", "bnpo", "dr_grpo", "dapo", "gspo", "cispo")
 
 
 @pytest.fixture(scope="module")
-def parts() -> Iterator[Prepared]:
+def parts() -> Iterator[Workbench]:
     made = tiny_parts(config_of("igrpo-joint"))
     yield made
     made.scorer.close()
 
 
 @pytest.fixture(scope="module")
-def collect(parts: Prepared) -> Collect:
+def collect(parts: Workbench) -> Collect:
     return rollouts_of(parts)
 
 

@@ -8,7 +8,8 @@ import torch
 
 from igrpo_lite.config import RunConfig
 from igrpo_lite.settings import resolve
-from igrpo_lite.training.prepare import Prepared, prepare
+from igrpo_lite.training.prepare import prepare
+from igrpo_lite.workbench import Workbench
 
 SMALL: dict[str, Any] = {
     "num_generations": 6,
@@ -26,7 +27,7 @@ def small_config(**settings: Any) -> RunConfig:
     return resolve(SMALL | settings)
 
 
-def tiny_parts(config: RunConfig) -> Prepared:
+def tiny_parts(config: RunConfig) -> Workbench:
     """Parts of a run with an adapter that is not zero, so that nothing is right by accident."""
     parts = prepare(config)
     torch.manual_seed(5)

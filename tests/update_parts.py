@@ -17,8 +17,8 @@ from igrpo_lite.algorithms.objectives import reduce_loss, sampler_weights, token
 from igrpo_lite.algorithms.rollout import Rollout, RolloutCollector
 from igrpo_lite.config import LEARNING_STAGES, RunConfig
 from igrpo_lite.policy.loading import Policy
-from igrpo_lite.training.prepare import Prepared
 from igrpo_lite.training.update import PolicyUpdate, UpdateStats
+from igrpo_lite.workbench import Workbench
 
 Gradients = dict[str, Tensor]
 Collect = Callable[[str], list[Rollout]]
@@ -28,7 +28,7 @@ def config_of(algorithm: str, **settings: Any) -> RunConfig:
     return small_config(algorithm=algorithm, num_generations=8, prompts_per_step=3, **settings)
 
 
-def rollouts_of(parts: Prepared) -> Collect:
+def rollouts_of(parts: Workbench) -> Collect:
     """Rollouts of three problems all of whose stages have rewards that differ, so that there is something to learn."""
     found: dict[str, list[Rollout]] = {}
 

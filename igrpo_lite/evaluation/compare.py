@@ -4,21 +4,17 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from dataclasses import asdict, dataclass
+from functools import partial
 from pathlib import Path
 from typing import Any
 
 from igrpo_lite.answers.checker import AnswerChecker
 from igrpo_lite.config import RunConfig
-from igrpo_lite.errors import ConfigError, DataError
+from igrpo_lite.errors import ConfigError
 from igrpo_lite.evaluation.evaluate import Answered, Evaluation, Sampling, evaluate
 from igrpo_lite.evaluation.few_shot import worked_examples
 from igrpo_lite.evaluation.statistics import PairedChange, paired_change
-from igrpo_lite.policy.loading import load_policy
-from igrpo_lite.policy.prompting import check_context, fitting, prompt_builder
-from igrpo_lite.problems.loading import ProblemSets, load_problems
-from igrpo_lite.prompts import PromptBuilder
-from igrpo_lite.sampling.choice import make_sampler
-from igrpo_lite.types import Problem
+from igrpo_lite.workbench import Workbench
 
 
 @dataclass(frozen=True, slots=True)
@@ -84,51 +80,40 @@ def compare(
         UserError: no such data, model or adapter, too few worked examples, or the problems do not fit the model's
             context.
     """
-    problems, prompts, needed, data_notes = _held_out(config, shots)
-    policy = load_policy(config, config.seed, adapter, context=needed)
-    sampler, notes = make_sampler(config, policy, prompts, needed)
 
     def measured(name: str) -> Evaluation:
         limit = config.max_completion_length
-        return evaluate(
-            problems, sampler, prompts, limit, checker, sampling, lambda done, total: on_progress(name, done, total)
-        )
+        progress = partial(on_progress, name)
+        return evaluate(bench.held_out, bench.sampler, bench.prompts, limit, checker, sampling, progress)
 
-    with AnswerChecker(config.math_verify) as checker:
-        try:
-            adapted = measured("with adapter") if adapter is not None else None
-            plain = None
-            if base or adapter is None:
-                with policy.model.disable_adapter():
-                    sampler.load_adapter()
-                    plain = measured("base")
-        finally:
-            sampler.close()
-    return Comparison(plain, adapted, shots, (*data_notes, *notes))
+    with Workbench(config) as bench, AnswerChecker(config.math_verify) as checker:
+        _fit(bench, shots)
+        bench.notes = _data_notes(bench)
+        bench.load(adapter)
+        adapted = measured("with adapter") if adapter is not None else None
+        plain = None
+        if base or adapter is None:
+            with bench.policy.model.disable_adapter():
+                bench.sampler.load_adapter()
+                plain = measured("base")
+    return Comparison(plain, adapted, shots, tuple(bench.notes))
 
 
-def _held_out(config: RunConfig, shots: int) -> tuple[list[Problem], PromptBuilder, int, list[str]]:
-    """The problems, their prompts, the longest prompt, draft and completion together, and notes for the user."""
-    sets = load_problems(config, config.seed)
-    examples = worked_examples(sets.train, shots, config.answer_style, config.answer_column) if shots else ()
-    prompts = prompt_builder(config)
-    # Without the examples, so that the problems are the same however many there are.
-    problems, dropped, longest = fitting(sets.held_out, prompts, config.max_prompt_length)
-    if longest is None:
-        raise DataError(
-            f"all {dropped} held-out prompts are longer than max_prompt_length = {config.max_prompt_length} tokens; "
-            "raise --max-prompt-length"
-        )
-    prompts.shots = examples
+def _fit(bench: Workbench, shots: int) -> None:
+    """Choose the held-out problems that fit, and put worked examples into every prompt."""
+    config = bench.config
+    examples = worked_examples(bench.sets.train, shots, config.answer_style, config.answer_column) if shots else ()
+    bench.fit("held-out")  # without the examples, so that the problems are the same however many there are
+    bench.prompts.shots = examples
     try:
-        needed = check_context(config, prompts, longest)
+        bench.check_lengths()
     except ConfigError as error:
         fewer = [f"--few-shot {shots}: the worked examples are part of every prompt; use fewer"] if shots else []
         raise ConfigError(error.problems + fewer) from None
-    return problems, prompts, needed, _data_notes(config, sets, dropped)
 
 
-def _data_notes(config: RunConfig, sets: ProblemSets, dropped: int) -> list[str]:
+def _data_notes(bench: Workbench) -> list[str]:
+    config, sets, dropped = bench.config, bench.sets, bench.fits["held-out"].dropped
     notes = []
     there = len(sets.held_out)
     if there < config.eval_size and not sets.report.held_out_parts:

@@ -18,17 +18,15 @@ from igrpo_lite.answers.checker import AnswerChecker
 from igrpo_lite.config import RunConfig
 from igrpo_lite.errors import RewardError, UserError
 from igrpo_lite.evaluation.passrate import JudgeGroup, PassRate, pass_rates
-from igrpo_lite.policy.loading import load_policy
-from igrpo_lite.policy.prompting import check_context, fitting, prompt_builder
-from igrpo_lite.problems.loading import ProblemSets, load_problems
+from igrpo_lite.problems.loading import ProblemSets
 from igrpo_lite.prompts import PromptBuilder
 from igrpo_lite.rewards.calls import Calls
 from igrpo_lite.rewards.judge import Judgement
 from igrpo_lite.rewards.judge_prompt import judge_prompt, judge_template
 from igrpo_lite.rewards.scorer import Scorer, right_text
 from igrpo_lite.sampling.base import Sampler
-from igrpo_lite.sampling.choice import make_sampler
 from igrpo_lite.types import Completion, Problem, Prompt, Score
+from igrpo_lite.workbench import Workbench
 from igrpo_lite.worker.functions import in_short
 
 MAX_UNVERIFIED = 0.05
@@ -103,19 +101,15 @@ def preflight(
         UserError: data, prompts or model cannot be used at all.
     """
     found = Preflight()
-    sets = load_problems(config, config.seed)
-    with Scorer(config, config.answer_style) as scorer:
-        found.parts.append(check_data(sets, scorer.checker, config))
-        found.parts.append(check_rewards(sets.train, scorer, config))
-        prompts = prompt_builder(config)
-        part, needed = check_prompts(sets, prompts, config)
-        found.parts.append(part)
-        if with_model and needed is not None and not found.failed:
-            train = fitting(sets.train, prompts, config.max_prompt_length).kept
-            every = max(1, len(train) // problems)
-            found.parts.append(
-                try_model(train[::every][:problems], samples, prompts, needed, scorer, config, on_progress)
-            )
+    with Workbench(config) as bench:
+        scorer = bench.open_scorer()
+        found.parts.append(check_data(bench.sets, scorer.checker, config))
+        found.parts.append(check_rewards(bench.sets.train, scorer, config))
+        bench.fit("training", "held-out")
+        found.parts.append(check_prompts(bench))
+        if with_model and not found.failed:
+            every = max(1, len(bench.train) // problems)
+            found.parts.append(try_model(bench, bench.train[::every][:problems], samples, on_progress))
     return found
 
 
@@ -207,11 +201,10 @@ def _tell_failures(part: Part, scorer: Scorer) -> None:
         scorer.failures[name] = Calls(tokens=calls.tokens)  # what a judge has cost stays spent
 
 
-def check_prompts(sets: ProblemSets, prompts: PromptBuilder, config: RunConfig) -> tuple[Part, int | None]:
-    """Both prompts of the first problem with all special tokens, the lengths of all, and the budget of tokens; also
-    the longest prompt and completion together, ``None`` where nothing fits."""
-    part = Part("prompts")
-    problem = sets.train[0]
+def check_prompts(bench: Workbench) -> Part:
+    """Both prompts of the first problem with all special tokens, the lengths of all, and the budget of tokens."""
+    part, config, prompts = Part("prompts"), bench.config, bench.prompts
+    problem = bench.sets.train[0]
     first = prompts.first(problem.question)
     draft = prompts.tokenizer.encode("(the chosen draft)", add_special_tokens=False)
     second = prompts.second(problem.question, first, draft)
@@ -220,44 +213,35 @@ def check_prompts(sets: ProblemSets, prompts: PromptBuilder, config: RunConfig) 
         shown["judge"] = prompts.judge.first(judge_prompt(judge_template(config), problem, "(the completion)"))
     for name, prompt in shown.items():
         part.lines += [f"{name}, {len(prompt.ids)} tokens:", *(f"  | {line}" for line in prompt.text.splitlines())]
-    lengths = sorted(len(prompts.first(p.question).ids) for p in sets.train)
-    train, held_out = (fitting(problems, prompts, config.max_prompt_length) for problems in (sets.train, sets.held_out))
+    train, held_out = bench.fits["training"], bench.fits["held-out"]
+    lengths = sorted(train.lengths)
     part.numbers |= {"median": median(lengths), "longest": lengths[-1], "dropped": train.dropped + held_out.dropped}
     part.lines.append(
         f"prompt tokens: median {median(lengths):g}, 95 % below {lengths[int(0.95 * (len(lengths) - 1))] + 1}, longest "
         f"{lengths[-1]}; left out above {config.max_prompt_length}: {train.dropped} training, {held_out.dropped} "
         "held-out problems"
     )
-    if train.longest is None or held_out.longest is None:
-        part.error(f"every prompt is longer than max_prompt_length = {config.max_prompt_length}; raise it")
-        return part, None
-    if train.dropped > 0.1 * len(sets.train):
+    if train.kept and held_out.kept and train.dropped > 0.1 * len(lengths):
         part.warning(
-            f"{train.dropped / len(sets.train):.0%} of the training problems are too long; raise --max-prompt-length"
+            f"{train.dropped / len(lengths):.0%} of the training problems are too long; raise --max-prompt-length"
         )
     try:
-        needed = check_context(config, prompts, train.longest, held_out.longest)
+        needed = bench.check_lengths()
     except UserError as error:
         part.errors(error)
-        return part, None
+        return part
     part.numbers["needed"] = needed
     what = "prompt, draft and completion" + (", or what the judge reads and writes," if prompts.judge else "")
     part.lines.append(f"longest {what} together: at most {needed} tokens; they fit the model")
-    return part, needed
+    return part
 
 
 def try_model(
-    problems: Sequence[Problem],
-    samples: int,
-    prompts: PromptBuilder,
-    needed: int,
-    scorer: Scorer,
-    config: RunConfig,
-    on_progress: Callable[[int, int], None],
+    bench: Workbench, problems: Sequence[Problem], samples: int, on_progress: Callable[[int, int], None]
 ) -> Part:
     """Sample from the model as it is, and say what its rewards promise for training."""
-    policy = load_policy(config, config.seed, context=needed)
-    sampler, notes = make_sampler(config, policy, prompts, needed)
+    bench.load()
+    config, scorer, sampler, prompts = bench.config, bench.scorer, bench.sampler, bench.prompts
     try:
         score = _scored_by_policy(scorer, sampler, prompts, config) if scorer.asks_policy else scorer.score
         rates = pass_rates(problems, sampler, prompts, config, samples, score, on_progress)
@@ -266,9 +250,7 @@ def try_model(
     except RewardError as error:
         part = Part("model")
         part.errors(error)
-    finally:
-        sampler.close()
-    part.lines = notes + part.lines
+    part.lines = bench.notes + part.lines
     return part
 
 

@@ -15,14 +15,9 @@ from igrpo_lite.config import RunConfig
 from igrpo_lite.errors import DataError
 from igrpo_lite.evaluation.output import rates_file
 from igrpo_lite.evaluation.passrate import PassRate, pass_rates
-from igrpo_lite.policy.loading import load_policy
-from igrpo_lite.policy.prompting import check_context, fitting, prompt_builder
-from igrpo_lite.problems.loading import load_problems
-from igrpo_lite.prompts import PromptBuilder
-from igrpo_lite.rewards.scorer import Scorer
-from igrpo_lite.sampling.base import Sampler, request_seed
-from igrpo_lite.sampling.choice import make_sampler
+from igrpo_lite.sampling.base import request_seed
 from igrpo_lite.types import Problem
+from igrpo_lite.workbench import Workbench
 
 _DECIDING = (
     *("model", "revision", "load_in_4bit", "seed", "temperature", "max_completion_length"),
@@ -61,30 +56,25 @@ def scan(
     Raises:
         UserError: data or model cannot be used, or ``output`` has the beginning of a scan with other settings.
     """
-    sets = load_problems(config, config.seed)
-    prompts = prompt_builder(config)
-    fit = fitting(sets.train, prompts, config.max_prompt_length)
-    if fit.longest is None:
-        raise DataError(f"every prompt is longer than max_prompt_length = {config.max_prompt_length}; raise it")
-    needed = check_context(config, prompts, fit.longest)
     rates = rates_file(output)
     settings = {name: getattr(config, name) for name in _DECIDING} | {"samples": samples}
-    done = _earlier(rates, settings)
-    left = [problem for problem in fit.kept if _key(problem) not in done]
-    scanned = len(fit.kept) - len(left)
-    if left:
-        policy = load_policy(config, config.seed, context=needed)
-        sampler, _ = make_sampler(config, policy, prompts, needed)
-        try:
-            with Scorer(config, config.answer_style) as scorer, rates.open("a", encoding="utf-8") as file:
-                for found in _sampled(left, config, samples, sampler, prompts, scorer):
+    with Workbench(config) as bench:
+        bench.fit("training")
+        bench.check_lengths()
+        fit = bench.fits["training"]
+        done = _earlier(rates, settings)
+        left = [problem for problem in fit.kept if _key(problem) not in done]
+        scanned = len(fit.kept) - len(left)
+        if left:
+            bench.open_scorer()
+            bench.load()
+            with rates.open("a", encoding="utf-8") as file:
+                for found in _sampled(left, bench, samples):
                     file.writelines(json.dumps(_record(rate)) + "\n" for rate in found)
                     file.flush()
                     done |= {_key(rate.problem): rate.rate for rate in found}
                     scanned += len(found)
                     on_progress(scanned, len(fit.kept))
-        finally:
-            sampler.close()
     low, high = keep
     found_rates = [(problem, done[_key(problem)]) for problem in fit.kept]
     kept = [_row(problem, rate) for problem, rate in found_rates if low <= rate <= high]
@@ -93,17 +83,12 @@ def scan(
     return Scan(output, rates, len(fit.kept), len(kept), hard, easy, fit.dropped)
 
 
-def _sampled(
-    problems: list[Problem],
-    config: RunConfig,
-    samples: int,
-    sampler: Sampler,
-    prompts: PromptBuilder,
-    scorer: Scorer,
-) -> Iterator[list[PassRate]]:
+def _sampled(problems: list[Problem], bench: Workbench, samples: int) -> Iterator[list[PassRate]]:
+    config = bench.config
     size = max(1, _BATCHES * config.max_num_seqs // samples)
     for start in range(0, len(problems), size):
-        yield pass_rates(problems[start : start + size], sampler, prompts, config, samples, scorer.score)
+        part = problems[start : start + size]
+        yield pass_rates(part, bench.sampler, bench.prompts, config, samples, bench.scorer.score)
 
 
 def _earlier(rates: Path, settings: Mapping[str, Any]) -> dict[int, float]:

@@ -20,12 +20,11 @@ from torch import Tensor
 from igrpo_lite.errors import ModelError
 from igrpo_lite.export.source import Source
 from igrpo_lite.policy.loading import Policy, load_policy
-from igrpo_lite.policy.prompting import fitting
-from igrpo_lite.problems.loading import load_problems
 from igrpo_lite.prompts import PromptBuilder
 from igrpo_lite.sampling.base import Request
 from igrpo_lite.sampling.replica import Replica
 from igrpo_lite.sampling.transformers import TransformersSampler
+from igrpo_lite.workbench import Workbench
 
 MAX_TOKENS = 256
 """Tokens of an answer that are compared at most."""
@@ -144,9 +143,10 @@ def held_out_questions(source: Source, prompts: PromptBuilder, count: int) -> li
     """The first questions of the run's last evaluation; of its held-out data where it made none."""
     if source.questions:
         return list(source.questions[:count])
-    problems = load_problems(source.config, source.config.seed).held_out
-    kept = fitting(problems, prompts, source.config.max_prompt_length).kept
-    return [problem.question for problem in kept[:count]]
+    bench = Workbench(source.config)
+    bench.fit("held-out", prompts=prompts)
+    bench.longest()
+    return [problem.question for problem in bench.held_out[:count]]
 
 
 def load_reference(source: Source, device: str | None, adapter: Path) -> Policy:

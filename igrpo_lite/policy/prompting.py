@@ -42,11 +42,13 @@ def stage2_template(options: PromptOptions) -> str:
 
 
 class Fitting(NamedTuple):
-    """Problems whose prompt is within the limit, how many have a longer one, and the kept one with the longest."""
+    """Problems whose prompt is within the limit, how many have a longer one, the kept one with the longest, and the
+    tokens of each prompt, also of those left out."""
 
     kept: list[Problem]
     dropped: int
     longest: Problem | None
+    lengths: list[int]
 
 
 def fitting(problems: Sequence[Problem], prompts: PromptBuilder, limit: int) -> Fitting:
@@ -54,7 +56,7 @@ def fitting(problems: Sequence[Problem], prompts: PromptBuilder, limit: int) -> 
     lengths = [len(prompts.first(problem.question).ids) for problem in problems]
     kept = [(length, problem) for length, problem in zip(lengths, problems, strict=True) if length <= limit]
     longest = max(kept, key=lambda pair: pair[0], default=(0, None))[1]
-    return Fitting([problem for _, problem in kept], len(problems) - len(kept), longest)
+    return Fitting([problem for _, problem in kept], len(problems) - len(kept), longest, lengths)
 
 
 def check_context(config: RunConfig, prompts: PromptBuilder, *longest: Problem) -> int:

@@ -17,11 +17,11 @@ from igrpo_lite.sampling.base import Sampler
 from igrpo_lite.training.health import Health
 from igrpo_lite.training.memory import memory
 from igrpo_lite.training.metrics import step_metrics
-from igrpo_lite.training.prepare import Prepared
 from igrpo_lite.training.records import rollout_record, shown_samples
 from igrpo_lite.training.run_folder import Records, RunFolder
 from igrpo_lite.training.state import Progress
 from igrpo_lite.training.update import MAX_OVERFLOWS, PolicyUpdate, UpdateStats
+from igrpo_lite.workbench import Workbench
 from igrpo_lite.worker.functions import in_short
 
 SAMPLE_STEPS = 20
@@ -68,7 +68,7 @@ class Journal:
     """
 
     def __init__(
-        self, config: RunConfig, parts: Prepared, folder: RunFolder, screen: Screen, trackers: Trackers
+        self, config: RunConfig, parts: Workbench, folder: RunFolder, screen: Screen, trackers: Trackers
     ) -> None:
         self.config, self.parts, self.folder, self.screen, self.trackers = config, parts, folder, screen, trackers
         self.health = Health(config)

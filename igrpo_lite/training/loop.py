@@ -20,12 +20,12 @@ from igrpo_lite.sampling.parity import MAX_TOKENS, probe
 from igrpo_lite.training.checkpoint import Checkpoints, restore, save_adapter, take_back
 from igrpo_lite.training.interrupt import Interrupt
 from igrpo_lite.training.journal import Journal, StepMeter
-from igrpo_lite.training.prepare import Prepared
 from igrpo_lite.training.run_folder import RunFolder
 from igrpo_lite.training.schedule import batch_indices, learning_rate, other_indices
 from igrpo_lite.training.state import Progress, Stop
 from igrpo_lite.training.update import PolicyUpdate
 from igrpo_lite.types import Problem
+from igrpo_lite.workbench import Workbench
 
 SAVE_SECONDS = 600.0
 """After which a checkpoint is due, whatever ``save_steps`` says."""
@@ -35,7 +35,7 @@ class Trainer:
     """Runs the steps of one run in its folder, from wherever its last checkpoint is."""
 
     def __init__(
-        self, config: RunConfig, parts: Prepared, folder: RunFolder, screen: Screen, trackers: Trackers
+        self, config: RunConfig, parts: Workbench, folder: RunFolder, screen: Screen, trackers: Trackers
     ) -> None:
         self.config = config
         self.parts = parts
