@@ -1,5 +1,5 @@
-"""What train, eval, check, scan and export work with, made step by step in the order of cost: problems, rewards, prompts,
-and only then the model and its sampler."""
+"""What train, eval, check, scan and export work with, made step by step in the order of cost: problems, rewards,
+prompts, and only then the model and its sampler."""
 
 from __future__ import annotations
 
