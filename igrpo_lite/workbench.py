@@ -103,7 +103,16 @@ class Workbench:
 
     def load(self, adapter: Path | None = None) -> None:
         """Load the policy, with the adapter of a folder if there is one, and start its sampler."""
+        self.load_policy(adapter)
+        self.start_sampler()
+
+    def load_policy(self, adapter: Path | None = None) -> Policy:
+        """The first half of :meth:`load`."""
         self.policy = load_policy(self.config, self.config.seed, adapter, context=self.needed)
+        return self.policy
+
+    def start_sampler(self) -> None:
+        """The second half of :meth:`load`."""
         self.sampler, notes = make_sampler(self.config, self.policy, self.prompts, self.needed)
         self._stack.callback(lambda: self.sampler.close())
         self.notes += notes

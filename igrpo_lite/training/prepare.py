@@ -22,13 +22,14 @@ def prepare(config: RunConfig) -> Workbench:
         dropped = [fit.dropped for fit in bench.fits.values()]
         bench.notes = bench.sets.report.lines() + _prompt_notes(config, bench.prompts, *dropped)
         bench.check_lengths()
-        bench.load()
+        policy = bench.load_policy()
         if config.gradient_checkpointing:
-            recompute_activations(bench.policy.model)
-        if isinstance(best_layout(bench.policy.model.get_base_model()), RowLayout):
+            recompute_activations(policy.model)
+        if isinstance(best_layout(policy.model.get_base_model()), RowLayout):
             bench.notes.append(
                 "the update repeats prompts in padded rows: this model's attention cannot take token trees"
             )
+        bench.start_sampler()
     except BaseException:
         bench.close()
         raise
