@@ -22,8 +22,9 @@ from torch.nn.utils.rnn import pad_sequence
 from transformers import AutoModelForCausalLM, Qwen2Config, Qwen3Config
 from trl import GRPOConfig, GRPOTrainer
 
-from igrpo_lite.algorithms.learning import LearningSequence, learning_sequences, totals
+from igrpo_lite.algorithms.learning import learning_sequences, totals
 from igrpo_lite.algorithms.rollout import Rollout
+from igrpo_lite.algorithms.tokens.base import LearningSequence
 from igrpo_lite.config import RunConfig
 from igrpo_lite.planning.models import find_model
 from igrpo_lite.policy.attention import register

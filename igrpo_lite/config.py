@@ -7,18 +7,41 @@ these have one. Nothing here imports torch, so that a wrong setting is reported 
 from __future__ import annotations
 
 import math
-from typing import Annotated, Literal
+from collections.abc import Mapping
+from dataclasses import dataclass
+from typing import Annotated, Any, Literal
 
 from pydantic import BaseModel, ConfigDict, Field, PositiveFloat, PositiveInt
+from pydantic_core import core_schema
 
 from igrpo_lite.types import Stage
 
-LEARNING_STAGES: dict[str, tuple[Stage, ...]] = {
+ALGORITHMS: dict[str, tuple[Stage, ...]] = {
     "grpo": ("stage1",),
     "igrpo": ("stage2",),
     "igrpo-joint": ("stage1", "stage2"),
 }
-"""The stages whose tokens learn, by algorithm."""
+"""The methods of ``algorithms/methods``, a line each: the stages whose tokens learn. With ``stage1`` alone there is no
+second stage."""
+
+TOKENS: dict[str, str] = {"all": "", "s-grpo": "sgrpo_", "t-spmo": "tspmo_", "entropy": "top_entropy_"}
+"""The choices of tokens of ``algorithms/tokens``: what the settings of each begin with."""
+
+
+@dataclass(frozen=True)
+class NameIn:
+    """Marks a text that must be one of a registry's names, as these are when it is checked."""
+
+    registry: Mapping[str, object]
+
+    def __get_pydantic_core_schema__(self, source: Any, handler: Any) -> Any:
+        return core_schema.no_info_after_validator_function(self._known, handler(source))
+
+    def _known(self, name: str) -> str:
+        if name not in self.registry:
+            raise ValueError(f"must be one of {', '.join(self.registry)}")
+        return name
+
 
 Fraction = Annotated[float, Field(ge=0.0, le=1.0)]
 
@@ -122,7 +145,7 @@ class PromptOptions(Section):
 class RolloutOptions(Section):
     """Rollouts"""
 
-    algorithm: Literal["grpo", "igrpo", "igrpo-joint"] = Field(
+    algorithm: Annotated[str, NameIn(ALGORITHMS)] = Field(
         "igrpo", description="One stage; the paper's two stages; or two stages where the drafts learn too (ours)."
     )
     prompts_per_step: PositiveInt = Field(8, description="Problems per optimizer step.")
@@ -228,7 +251,7 @@ class RewardOptions(Section):
 class UpdateOptions(Section):
     """Update"""
 
-    tokens: Literal["all", "s-grpo", "t-spmo", "entropy"] = Field(
+    tokens: Annotated[str, NameIn(TOKENS)] = Field(
         "all",
         description="Completion tokens that learn: all, a random part (S-GRPO), those where rollouts part (T-SPMO), "
         "or the most uncertain.",
@@ -340,9 +363,19 @@ class RunConfig(RunOptions, UpdateOptions, RewardOptions, RolloutOptions, Prompt
     defaults of the model and checks fields against each other."""
 
     @property
+    def learning_stages(self) -> tuple[Stage, ...]:
+        """The stages whose tokens learn."""
+        return ALGORITHMS[self.algorithm]
+
+    @property
+    def two_stages(self) -> bool:
+        """Whether a second stage follows the first."""
+        return "stage2" in self.learning_stages
+
+    @property
     def n_drafts(self) -> int:
         """Completions per problem in stage 1: N for iGRPO, all of them for GRPO."""
-        if self.algorithm == "grpo":
+        if not self.two_stages:
             return self.num_generations
         return self.num_drafts or max(1, self.num_generations // 2)
 
@@ -355,18 +388,18 @@ class RunConfig(RunOptions, UpdateOptions, RewardOptions, RolloutOptions, Prompt
         """Whether the problem in this place of a step gets one stage: always for GRPO, else ``single_stage_share`` of
         the places, evenly spread over the whole run, so that steps of few problems have their share too."""
         place, share = step * self.prompts_per_step + slot, self.single_stage_share
-        return self.algorithm == "grpo" or math.floor((place + 1) * share) > math.floor(place * share)
+        return not self.two_stages or math.floor((place + 1) * share) > math.floor(place * share)
 
     def stage_temperature(self, stage: Stage, single: bool = False) -> float:
         """Sampling temperature of a stage; the loss uses the same. ``single``: no second stage follows, so the
         completions are no drafts."""
-        drafts = stage == "stage1" and self.algorithm != "grpo" and not single
+        drafts = stage == "stage1" and self.two_stages and not single
         return self.draft_temperature if drafts and self.draft_temperature is not None else self.temperature
 
     def is_replayed(self, stage: Stage, single: bool = False) -> bool:
         """Whether T-SPMO's replays follow a stage: one whose tokens learn."""
-        learns = stage in LEARNING_STAGES["grpo" if single else self.algorithm]
-        return learns and self.tokens == "t-spmo" and self.tspmo_replay > 0
+        learns = single or stage in self.learning_stages
+        return learns and self.tspmo_replay > 0
 
 
 SECTIONS: tuple[type[Section], ...] = (

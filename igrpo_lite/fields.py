@@ -9,7 +9,7 @@ from typing import Annotated, Any, Literal, Union, get_args, get_origin
 
 from pydantic.fields import FieldInfo
 
-from igrpo_lite.config import SECTIONS, RunConfig, Section
+from igrpo_lite.config import SECTIONS, NameIn, RunConfig, Section
 from igrpo_lite.defaults import MODEL_DEFAULTS
 
 FIELDS: dict[str, FieldInfo] = {name: field for section in SECTIONS for name, field in section.model_fields.items()}
@@ -51,7 +51,8 @@ def choices(field: FieldInfo) -> tuple[str, ...]:
     """The values of a setting, or of its items, that has only a few."""
     bare = parts(hint(field))[0]
     item = parts(get_args(bare)[0])[0] if get_origin(bare) is list else bare
-    return get_args(item) if get_origin(item) is Literal else ()
+    names = [mark.registry for mark in parts(hint(field))[1] if isinstance(mark, NameIn)]
+    return tuple(names[0]) if names else get_args(item) if get_origin(item) is Literal else ()
 
 
 def item_type(field: FieldInfo) -> str:
@@ -95,8 +96,10 @@ def model_default(name: str, model: str) -> Any:
 
 def _allowed(annotation: Any) -> str:
     bare, metadata, optional = parts(annotation)
-    if get_origin(bare) is Literal:
-        words = ("one of " if len(get_args(bare)) > 1 else "") + ", ".join(map(str, get_args(bare)))
+    names = [mark.registry for mark in metadata if isinstance(mark, NameIn)]
+    if names or get_origin(bare) is Literal:
+        few = tuple(names[0]) if names else get_args(bare)
+        words = ("one of " if len(few) > 1 else "") + ", ".join(map(str, few))
     elif get_origin(bare) is list:
         words = f"a list of at least one item, each {_allowed(get_args(bare)[0])}"
         if not any(getattr(item, "min_length", 0) for item in metadata):

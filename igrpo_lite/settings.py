@@ -12,7 +12,7 @@ from typing import Any, get_origin
 
 from pydantic import ValidationError
 
-from igrpo_lite.config import LEARNING_STAGES, RunConfig
+from igrpo_lite.config import ALGORITHMS, TOKENS, RunConfig
 from igrpo_lite.defaults import ENDPOINT_SETTINGS, LONG_COMPLETION, MODEL_DEFAULTS, REWARD_SETTINGS, SGRPO_PRESETS
 from igrpo_lite.errors import ConfigError
 from igrpo_lite.fields import FIELDS, allowed, choices, hint, is_list, nearest, parts
@@ -44,10 +44,6 @@ RESUMABLE: frozenset[str] = frozenset(
     }
 )
 """Settings that may differ when a run folder is continued: none of them changes what was already computed."""
-
-_METHODS = {"s-grpo": "sgrpo_", "t-spmo": "tspmo_", "entropy": "top_entropy_"}
-"""What the settings of each choice of tokens begin with."""
-
 
 _ELSEWHERE = {
     "model_name_or_path": "model",
@@ -92,7 +88,7 @@ def examine(given: Mapping[str, Any]) -> tuple[RunConfig, list[str]]:
     defaults = MODEL_DEFAULTS.get(good.get("model", FIELDS["model"].default), {})
     config = RunConfig.model_validate({**defaults, **good})
     findings += [] if bad & {"algorithm", "num_generations", "num_drafts"} else _rollout_findings(config)
-    drafts = {} if config.algorithm == "grpo" else {"num_drafts": config.n_drafts}
+    drafts = {"num_drafts": config.n_drafts} if config.two_stages else {}
     config = config.model_copy(update=drafts | _selection(config))
     return config, findings + retired_findings(given, config) + _cross_findings(config, bad) + _idle(config)
 
@@ -105,7 +101,7 @@ def merge(file: Mapping[str, Any], flags: Mapping[str, Any]) -> dict[str, Any]:
     the policy as the judge with the endpoint.
     """
     stale: set[str] = set()
-    if "num_generations" in flags or flags.get("algorithm") == "grpo":
+    if "num_generations" in flags or ALGORITHMS.get(flags.get("algorithm", ""), ()) == ("stage1",):
         stale |= {"num_drafts", "num_refinements"}
     if "num_drafts" in flags:
         stale.add("num_refinements")
@@ -118,7 +114,7 @@ def merge(file: Mapping[str, Any], flags: Mapping[str, Any]) -> dict[str, Any]:
     if flags.get("judge_by") == "policy":
         stale |= set(ENDPOINT_SETTINGS)
     if "tokens" in flags:
-        stale |= {name for name in FIELDS if name.startswith(tuple(_METHODS.values()))}
+        stale |= {name for name in FIELDS if name.startswith(tuple(filter(None, TOKENS.values())))}
     kept = {key: value for key, value in file.items() if str(key).replace("-", "_") not in stale | flags.keys()}
     return {**kept, **flags}
 
@@ -177,7 +173,7 @@ def _complaint(name: str, value: Any) -> str:
     field = FIELDS[name]
     near = nearest(value, choices(field)) if isinstance(value, str) else None
     advice = f"; did you mean {near}?" if near else ""
-    if parts(hint(field))[0] is str and isinstance(value, (int, float)):
+    if parts(hint(field))[0] is str and not choices(field) and isinstance(value, (int, float)):
         advice = "; write it in quotes"
     return f"{name}: must be {allowed(field)}, not {_shown(value)}{advice}"
 
@@ -191,8 +187,8 @@ def _shown(value: Any) -> str:
 
 def _rollout_findings(config: RunConfig) -> list[str]:
     """Whether the rollouts of a problem can be split into drafts and refinements that learn."""
-    if config.algorithm == "grpo":
-        return _grpo_findings(config)
+    if not config.two_stages:
+        return _one_stage_findings(config)
     counts = f"num_generations {config.num_generations}, num_drafts {config.n_drafts}"
     if config.n_refinements >= 2:
         return []
@@ -211,12 +207,12 @@ def _selection(config: RunConfig) -> dict[str, Any]:
     return {key: value for key, value in preset.items() if getattr(config, key) is None}
 
 
-def _grpo_findings(config: RunConfig) -> list[str]:
+def _one_stage_findings(config: RunConfig) -> list[str]:
     findings = []
     if config.num_drafts is not None:
         findings.append(
-            "num_drafts: grpo has one stage and takes num_generations only; choose igrpo or igrpo-joint, or leave it "
-            "out"
+            f"num_drafts: {config.algorithm} has one stage and takes num_generations only; choose igrpo or "
+            "igrpo-joint, or leave it out"
         )
     if config.num_generations < 2:
         findings.append(
@@ -244,15 +240,15 @@ def _cross_findings(config: RunConfig, bad: set[str]) -> list[str]:
             "lora_layers: must be all, last half, last third, last quarter or last <number>, not "
             f"{config.lora_layers!r}"
         )
-    if config.schedule == "ahead" and config.algorithm != "igrpo":
+    if config.schedule == "ahead" and "stage1" in config.learning_stages:
         found.append(
             f"schedule: ahead is for igrpo; with {config.algorithm} "
-            + ("there are no drafts" if config.algorithm == "grpo" else "drafts learn, so they must be on-policy")
+            + ("drafts learn, so they must be on-policy" if config.two_stages else "there are no drafts")
         )
-    if config.single_stage_share and config.algorithm == "grpo":
+    if config.single_stage_share and not config.two_stages:
         found.append(
-            "single_stage_share: is about a second stage, which grpo has not; choose igrpo or igrpo-joint, or leave it "
-            "out"
+            f"single_stage_share: is about a second stage, which {config.algorithm} has not; choose igrpo or "
+            "igrpo-joint, or leave it out"
         )
     if config.single_stage_share and config.schedule == "ahead":
         found.append("single_stage_share: does not go with schedule ahead, whose first stage is one update old")
@@ -263,16 +259,16 @@ def _idle(config: RunConfig) -> list[str]:
     """Settings of a choice of tokens that was not made: they would change nothing, and nobody would notice."""
     return [
         f"{name}: belongs to tokens {tokens}, but tokens is {config.tokens}; set --tokens {tokens} or leave it out"
-        for tokens, prefix in _METHODS.items()
+        for tokens, prefix in TOKENS.items()
         for name, field in FIELDS.items()
-        if tokens != config.tokens and name.startswith(prefix) and getattr(config, name) != field.default
+        if prefix and tokens != config.tokens and name.startswith(prefix) and getattr(config, name) != field.default
     ]
 
 
 def _selection_findings(config: RunConfig) -> list[str]:
     found = []
     sizes = {"stage1": config.n_drafts, "stage2": config.n_refinements}
-    group = max(config.tspmo_replay + 1, *(sizes[stage] for stage in LEARNING_STAGES[config.algorithm]))
+    group = max(config.tspmo_replay + 1, *(sizes[stage] for stage in config.learning_stages))
     if config.tokens == "t-spmo" and config.tspmo_min_visits > group:
         found.append(
             f"tspmo_min_visits: must be at most the {group} completions of a group that learns, not "

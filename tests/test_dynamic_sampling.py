@@ -14,8 +14,9 @@ from scripted_sampler import ScriptedSampler
 from tiny_parts import SMALL, small_config, tiny_parts
 
 from igrpo_lite.algorithms.dynamic import is_informative, with_signal
+from igrpo_lite.algorithms.methods import method_of
 from igrpo_lite.algorithms.replay import Replay
-from igrpo_lite.algorithms.rollout import Rollout, RolloutCollector, learning_groups
+from igrpo_lite.algorithms.rollout import Rollout, RolloutCollector
 from igrpo_lite.settings import resolve
 from igrpo_lite.training import train
 from igrpo_lite.types import Completion, Group, Problem, Prompt, Score
@@ -67,7 +68,7 @@ def test_what_can_teach(algorithm, first, second, teaches):
     assert is_informative(rollout, config) is teaches
     assert is_informative(Rollout(rollout.stage1, None, stage2, (Replay(group_of(EQUAL), 1),)), config) is teaches
     assert is_informative(Rollout(rollout.stage1, None, stage2, (Replay(group_of(MIXED), 1),)), config)
-    stages = [group.stage for group in learning_groups(rollout, algorithm)]
+    stages = [group.stage for group, _ in method_of(config).learning_groups(rollout, config)]
     assert stages == {"grpo": ["stage1"], "igrpo": ["stage2"], "igrpo-joint": ["stage1", "stage2"]}[algorithm]
 
 

@@ -13,7 +13,7 @@ from hypothesis import strategies as st
 from planning_parts import group, transformers_config
 from transformers import DynamicCache
 
-from igrpo_lite.algorithms.selection import sgrpo_indices
+from igrpo_lite.algorithms.tokens.s_grpo import sgrpo_indices
 from igrpo_lite.planning import memory
 from igrpo_lite.planning.gpus import find_gpu
 from igrpo_lite.planning.memory import CONTEXT, Setup, captured_graphs

@@ -15,8 +15,9 @@ from hypothesis import strategies as st
 from scripted_sampler import ScriptedSampler
 from tiny_parts import small_config, tiny_parts
 
+from igrpo_lite.algorithms.methods import method_of
 from igrpo_lite.algorithms.replay import choose_restarts
-from igrpo_lite.algorithms.rollout import RolloutCollector, learning_groups
+from igrpo_lite.algorithms.rollout import RolloutCollector
 from igrpo_lite.training.records import rollout_record
 from igrpo_lite.types import Completion, Group, Problem, Prompt, Score
 
@@ -105,7 +106,7 @@ def test_a_replay_is_whole_completions_of_the_stages_prompt(algorithm, schedule,
     rollouts = collect(config, parts, scripted(parts))
     for rollout in rollouts:
         assert {replay.group.stage for replay in rollout.replays} == set(ALGORITHMS[algorithm])
-        groups = {group.stage: group for group in learning_groups(rollout, algorithm)}
+        groups = {g.stage: g for g, start in method_of(config).learning_groups(rollout, config) if not start}
         for replay in rollout.replays:
             group = groups[replay.group.stage]
             source, *whole = replay.group.completions

@@ -11,15 +11,11 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from igrpo_lite.algorithms import selection
-from igrpo_lite.algorithms.selection import (
-    Learning,
-    all_tokens,
-    entropy_threshold,
-    sgrpo_indices,
-    stochastic_tokens,
-    uncertain_tokens,
-)
+from igrpo_lite.algorithms.tokens import entropy
+from igrpo_lite.algorithms.tokens.all import all_tokens
+from igrpo_lite.algorithms.tokens.base import Learning
+from igrpo_lite.algorithms.tokens.entropy import entropy_threshold, uncertain_tokens
+from igrpo_lite.algorithms.tokens.s_grpo import sgrpo_indices, stochastic_tokens
 from igrpo_lite.config import UpdateOptions
 
 lengths, alphas, budgets = st.integers(0, 40), st.integers(0, 50), st.integers(0, 50)
@@ -164,7 +160,7 @@ def test_the_uncertain_share_of_a_step(share):
         padded[place, : len(row)], mask[place, : len(row)] = row, True
     expected = (padded >= torch.quantile(padded[mask], 1 - share)) & mask
     threshold = entropy_threshold(torch.cat(rows), share)
-    found = [uncertain_tokens(row.tolist(), threshold, -0.5) for row in rows]
+    found = [uncertain_tokens(row.tolist(), threshold, all_tokens(len(row), -0.5)) for row in rows]
     assert [list(f.indices) for f in found] == [row.nonzero().flatten().tolist() for row in expected]
     assert sum(len(f.indices) for f in found) == 100 * share
     for row, learning in zip(rows, found, strict=True):
@@ -175,13 +171,13 @@ def test_the_uncertain_share_of_a_step(share):
 def test_ties_at_the_threshold_all_learn():
     entropies = [0.5, 2.0, 2.0, 2.0, 0.1, 2.0]
     threshold = entropy_threshold(torch.tensor(entropies), 0.2)
-    assert uncertain_tokens(entropies, threshold, 1.0).indices == (1, 2, 3, 5)
+    assert uncertain_tokens(entropies, threshold, all_tokens(len(entropies), 1.0)).indices == (1, 2, 3, 5)
 
 
 def test_no_tokens_no_threshold():
     threshold = entropy_threshold(torch.zeros(0), 0.2)
     assert threshold == math.inf
-    assert uncertain_tokens([], threshold, 1.0) == all_tokens(0, 1.0)
+    assert uncertain_tokens([], threshold, all_tokens(0, 1.0)) == all_tokens(0, 1.0)
 
 
 def test_a_threshold_keeps_no_gradient_and_any_shape_and_type():
@@ -196,7 +192,7 @@ def test_a_threshold_keeps_no_gradient_and_any_shape_and_type():
 def test_the_way_without_limit_agrees_with_torch(entropies, share):
     values = torch.tensor(entropies)
     exact = torch.quantile(values.double(), 1 - share)
-    assert selection._quantile_by_rank(values, 1 - share) == pytest.approx(float(exact.float()), rel=1e-6, abs=1e-30)
+    assert entropy._quantile_by_rank(values, 1 - share) == pytest.approx(float(exact.float()), rel=1e-6, abs=1e-30)
 
 
 def test_more_tokens_than_torch_takes():

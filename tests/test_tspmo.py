@@ -15,8 +15,8 @@ from hypothesis import strategies as st
 from tokenizers import Tokenizer
 
 import igrpo_lite.tiny
-from igrpo_lite.algorithms.selection import Learning
-from igrpo_lite.algorithms.tspmo import prefix_matching, transitions
+from igrpo_lite.algorithms.tokens.base import Learning
+from igrpo_lite.algorithms.tokens.t_spmo import prefix_matching, transitions
 from igrpo_lite.config import UpdateOptions
 
 END = 7  # never drawn inside a completion

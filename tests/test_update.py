@@ -28,8 +28,9 @@ from update_parts import (
 )
 
 from igrpo_lite.algorithms.learning import learning_sequences, totals
-from igrpo_lite.algorithms.rollout import Rollout, learning_groups
-from igrpo_lite.algorithms.selection import Learning
+from igrpo_lite.algorithms.methods import method_of
+from igrpo_lite.algorithms.rollout import Rollout
+from igrpo_lite.algorithms.tokens.base import Learning
 from igrpo_lite.config import RunConfig
 from igrpo_lite.policy.loading import Policy
 from igrpo_lite.training.update import PolicyUpdate
@@ -57,7 +58,7 @@ def hand_gradient(config: RunConfig, policy: Policy, rollouts: Sequence[Rollout]
     """1/Z sum over all learning sequences of 1/T sum_t -A log pi (ratio 1), by nothing but the paper's formulas."""
     model = policy.model
     model.zero_grad()
-    groups = [group for rollout in rollouts for group in learning_groups(rollout, config.algorithm)]
+    groups = [group for rollout in rollouts for group, _ in method_of(config).learning_groups(rollout, config)]
     total = sum(len(g.completions) for g in groups)
     for group in groups:
         rewards = [s.reward for s in group.scores]

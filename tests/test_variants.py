@@ -9,7 +9,8 @@ from tiny_parts import small_config, tiny_parts
 from update_parts import config_of, rollouts_of, run_update
 
 from igrpo_lite.algorithms.learning import learning_sequences
-from igrpo_lite.algorithms.rollout import RolloutCollector, learning_groups
+from igrpo_lite.algorithms.methods import method_of
+from igrpo_lite.algorithms.rollout import RolloutCollector
 from igrpo_lite.settings import examine
 from igrpo_lite.training.health import Health
 
@@ -71,8 +72,9 @@ def test_single_stages_are_grpos_and_the_rest_is_as_without(parts, algorithm):
     expected = [plain[0], grpo[1], plain[2], grpo[3]]
     assert ids_of(mixed) == ids_of(expected)
     assert {r.sampled for r in mixed} == {6}
+    config = small_config(algorithm=algorithm, single_stage_share=0.5)
     for rollout in mixed[1::2]:
-        assert [group.stage for group in learning_groups(rollout, algorithm)] == ["stage1"]
+        assert [group.stage for group, _ in method_of(config).learning_groups(rollout, config)] == ["stage1"]
 
 
 @pytest.mark.parametrize("settings", [{"algorithm": "grpo"}, {"schedule": "ahead"}, {"algorithm": "igrpo-joint"}])

@@ -12,10 +12,11 @@ from tiny_parts import small_config
 from torch import Tensor
 from torch.nn.utils.rnn import pad_sequence
 
-from igrpo_lite.algorithms.learning import LearningSequence, totals
+from igrpo_lite.algorithms.learning import totals
 from igrpo_lite.algorithms.objectives import reduce_loss, sampler_weights, token_loss
 from igrpo_lite.algorithms.rollout import Rollout, RolloutCollector
-from igrpo_lite.config import LEARNING_STAGES, RunConfig
+from igrpo_lite.algorithms.tokens.base import LearningSequence
+from igrpo_lite.config import RunConfig
 from igrpo_lite.policy.loading import Policy
 from igrpo_lite.training.update import PolicyUpdate, UpdateStats
 from igrpo_lite.workbench import Workbench
@@ -39,7 +40,7 @@ def rollouts_of(parts: Workbench) -> Collect:
             rollouts = collector.collect(parts.train[:24], 0)
             mixed = [r for r in rollouts if all(len({s.reward for s in group.scores}) > 1 for group in r.groups)]
             assert len(mixed) >= 3
-            stages = LEARNING_STAGES[algorithm]
+            stages = config_of(algorithm).learning_stages
             found[algorithm] = [
                 dataclasses.replace(r, replays=tuple(x for x in r.replays if x.group.stage in stages))
                 for r in mixed[:3]

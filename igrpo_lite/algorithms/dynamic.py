@@ -13,7 +13,9 @@ from itertools import islice
 import torch
 
 from igrpo_lite.algorithms.advantages import has_signal, reward_tensor
-from igrpo_lite.algorithms.rollout import Rollout, learning_groups
+from igrpo_lite.algorithms.methods import method_of
+from igrpo_lite.algorithms.methods.base import Rollout
+from igrpo_lite.algorithms.tokens import tokens_of
 from igrpo_lite.config import RunConfig
 from igrpo_lite.types import Group, Problem
 
@@ -37,15 +39,14 @@ class Batch:
 
 def is_informative(rollout: Rollout, config: RunConfig) -> bool:
     """Whether rewards differ in any group that learns, a replay's included, among completions that the loss reads."""
-    groups = (*learning_groups(rollout, config.algorithm), *(replay.group for replay in rollout.replays))
-    return any(_teaches(group, config) for group in groups)
+    return any(_teaches(group, config) for group, _ in method_of(config).learning_groups(rollout, config))
 
 
 def _teaches(group: Group, config: RunConfig) -> bool:
     rewards = reward_tensor(group.scores)
     if config.mask_truncated_completions:
         whole = torch.tensor([not completion.truncated for completion in group.completions])
-        if config.tokens == "t-spmo":
+        if tokens_of(config).raw_rewards:
             return has_signal(rewards[whole])
         return has_signal(rewards) and bool((whole & ~torch.isnan(rewards)).any())
     return has_signal(rewards)

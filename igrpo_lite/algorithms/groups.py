@@ -62,11 +62,28 @@ class Groups:
 
     Args:
         seed: the run's; a request's own seed hashes it with step, slot, problem, stage, replay and index.
+
+    Attributes:
+        expected: completions that the step will have sampled, as far as is known.
+        drafted: by step and slot, drafts that were sampled before their step (the ``ahead`` schedule).
     """
 
     def __init__(self, scorer: Scorer, prompts: PromptBuilder, config: RunConfig, seed: int) -> None:
         self.scorer, self.prompts, self.config, self.seed = scorer, prompts, config, seed
         self.judge = PolicyJudge(config, prompts) if asks_policy(config) else None
+        self.expected = 0
+        self.drafted: dict[tuple[int, int], Group] = {}
+
+    def drafts(self, p: Place, joins: bool = False) -> Plan[Group]:
+        """The drafts of a problem: those that wait for their step, else :meth:`stage1`."""
+        return self.drafted.pop(p.key, None) or (yield from self.stage1(p, joins))
+
+    def stage1(self, p: Place, joins: bool = False) -> Plan[Group]:
+        """N drafts from the plain prompt; all rollouts where they are the only stage."""
+        return self.group(p, "stage1", self.prompts.first(p.problem.question), self.n_drafts(p), joins)
+
+    def n_drafts(self, p: Place) -> int:
+        return self.config.num_generations if p.single else self.config.n_drafts
 
     def group(self, p: Place, stage: Stage, prompt: Prompt, count: int, joins: bool = False) -> Plan[Group]:
         """``count`` completions of a prompt, with their scores. ``joins``: samples follow the scores; replays do

@@ -1,10 +1,10 @@
-"""What each completion of a step contributes to the loss: its advantage, and which of its tokens learn.
+"""What each completion of a step contributes to the loss.
 
-    for each learning group:  A = (R - mean R) / std R          algorithms/advantages.py
-                              T_j = all tokens, or a selection  algorithms/selection.py, algorithms/tspmo.py
+    for each group that learns (algorithms/methods):  A = the method's advantages, (R - mean R) / std R
+                                                      T_j, w = the choice of tokens (algorithms/tokens)
 
-T-SPMO makes advantages and selection of the rewards in one; its replays are groups of their own. Selections are drawn
-once for each completion, from the run's seed, so they are the same in every pass over the same rollouts.
+What is random is drawn once for each completion, from the run's seed, so it is the same in every pass over the same
+rollouts.
 """
 
 from __future__ import annotations
@@ -12,63 +12,38 @@ from __future__ import annotations
 import math
 import random
 from collections.abc import Sequence
-from dataclasses import dataclass, replace
 
-from torch import Tensor
-
-from igrpo_lite.algorithms.advantages import advantages, reward_tensor
+from igrpo_lite.algorithms.advantages import reward_tensor
+from igrpo_lite.algorithms.methods import method_of
+from igrpo_lite.algorithms.methods.base import LearningGroup, Rollout
 from igrpo_lite.algorithms.objectives import Totals
-from igrpo_lite.algorithms.rollout import Rollout, learning_groups
-from igrpo_lite.algorithms.selection import Learning, all_tokens, stochastic_tokens
-from igrpo_lite.algorithms.tspmo import prefix_matching
+from igrpo_lite.algorithms.tokens import tokens_of
+from igrpo_lite.algorithms.tokens.base import NOTHING, LearningSequence
 from igrpo_lite.config import RunConfig
-from igrpo_lite.policy.tree import Branch
 from igrpo_lite.sampling.base import request_seed
-from igrpo_lite.types import Completion, Group, Prompt
-
-_NOTHING = Learning((), (), (), 0.0)
-
-
-@dataclass(frozen=True, slots=True)
-class LearningSequence:
-    """A completion, its prompt, and its share of the loss."""
-
-    prompt: Prompt
-    completion: Completion
-    temperature: float
-    learning: Learning
-
-    @property
-    def branch(self) -> Branch:
-        """What the model must score."""
-        return Branch(self.prompt.ids, self.completion.ids, self.learning.indices, self.temperature)
-
-    def with_learning(self, learning: Learning) -> LearningSequence:
-        return replace(self, learning=learning)
+from igrpo_lite.types import Group
 
 
 def learning_sequences(rollouts: Sequence[Rollout], config: RunConfig, step: int) -> list[LearningSequence]:
     """Every completion of the learning groups of a step, also those that turn out to teach nothing.
 
-    With ``tokens: entropy`` all tokens are candidates here; the update, which can measure entropies, chooses.
+    Where a choice of tokens asks the policy first (entropy), all its candidates learn here; the update then asks.
     """
-    if config.tokens == "t-spmo":
-        return [sequence for rollout in rollouts for sequence in _prefix_matched(rollout, config)]
-    found = []
-    for place, (rollout, rows) in enumerate(zip(rollouts, _advantages(rollouts, config), strict=True)):
-        for group, row in zip(learning_groups(rollout, config.algorithm), rows, strict=True):
-            for index, (completion, advantage) in enumerate(zip(group.completions, row.tolist(), strict=True)):
-                seed = request_seed(config.seed, "tokens", step, place, group.problem.id, group.stage, index)
-                learning = _selected(completion, advantage, config, random.Random(seed))
-                found.append(_sequence(rollout, group, completion, learning, config))
+    method, choice = method_of(config), tokens_of(config)
+    groups = [(place, r, found) for place, r in enumerate(rollouts) for found in method.learning_groups(r, config)]
+    learning, found = [group for _, _, group in groups], []
+    for (place, rollout, (group, start)), row in zip(groups, _advantages(learning, config), strict=True):
+        path = ("tokens", step, place, group.problem.id, group.stage, *((start,) if start else ()))
+
+        def rng(index: int, path: tuple[object, ...] = path) -> random.Random:
+            return random.Random(request_seed(config.seed, *path, index))
+
+        temperature = config.stage_temperature(group.stage, rollout.stage2 is None)
+        learned = choice.learn(group, row, start, config, rng)
+        for completion, part in zip(group.completions, learned, strict=True):
+            masked = config.mask_truncated_completions and completion.truncated
+            found.append(LearningSequence(group.prompt, completion, temperature, NOTHING if masked else part))
     return found
-
-
-def _advantages(rollouts: Sequence[Rollout], config: RunConfig) -> list[list[Tensor]]:
-    """Advantages of each learning group of each rollout, ``[G]``."""
-    rewards = [[reward_tensor(g.scores) for g in learning_groups(r, config.algorithm)] for r in rollouts]
-    scaled = iter(advantages([group for groups in rewards for group in groups], config.scale_rewards))
-    return [[next(scaled) for _ in groups] for groups in rewards]
 
 
 def totals(sequences: Sequence[LearningSequence]) -> Totals:
@@ -81,30 +56,15 @@ def teaching(sequences: Sequence[LearningSequence], beta: float) -> list[Learnin
     return [s for s in sequences if s.learning.indices and (beta or any(s.learning.advantages))]
 
 
-def _selected(completion: Completion, advantage: float, config: RunConfig, rng: random.Random) -> Learning:
-    if config.mask_truncated_completions and completion.truncated:
-        return _NOTHING
-    if config.tokens == "s-grpo":
-        return stochastic_tokens(len(completion.ids), advantage, config, rng)
-    return all_tokens(len(completion.ids), advantage)
+def _advantages(learning: Sequence[LearningGroup], config: RunConfig) -> list[list[float]]:
+    """Of each group, one per completion: the method's advantages, or raw rewards for a choice that takes them."""
+    if tokens_of(config).raw_rewards:
+        return [_rewards(group, config) for group, _ in learning]
+    return [row.tolist() for row in method_of(config).advantages(learning, config)]
 
 
-def _prefix_matched(rollout: Rollout, config: RunConfig) -> list[LearningSequence]:
-    trees = [(group, 0) for group in learning_groups(rollout, config.algorithm)]
-    trees += [(replay.group, replay.start) for replay in rollout.replays]
-    found = []
-    for group, start in trees:
-        rewards = reward_tensor(group.scores).tolist()
-        if config.mask_truncated_completions:  # as if unscored: they enter no mean and learn nothing
-            rewards = [math.nan if c.truncated else r for c, r in zip(group.completions, rewards, strict=True)]
-        learned = prefix_matching([completion.ids for completion in group.completions], rewards, config, start)
-        pairs = zip(group.completions, learned, strict=True)
-        found += [_sequence(rollout, group, completion, learning, config) for completion, learning in pairs]
-    return found
-
-
-def _sequence(
-    rollout: Rollout, group: Group, completion: Completion, learning: Learning, config: RunConfig
-) -> LearningSequence:
-    temperature = config.stage_temperature(group.stage, rollout.stage2 is None)
-    return LearningSequence(group.prompt, completion, temperature, learning)
+def _rewards(group: Group, config: RunConfig) -> list[float]:
+    """``nan`` where no reward applied, and for masked completions: as if unscored, they enter no mean."""
+    rewards: list[float] = reward_tensor(group.scores).tolist()
+    masked = [config.mask_truncated_completions and completion.truncated for completion in group.completions]
+    return [math.nan if mask else reward for mask, reward in zip(masked, rewards, strict=True)]

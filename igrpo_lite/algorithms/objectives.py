@@ -24,6 +24,7 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
+from igrpo_lite.algorithms.tokens import tokens_of
 from igrpo_lite.config import RunConfig, UpdateOptions
 
 CISPO_CAP = 5.0
@@ -153,7 +154,7 @@ def reduce_loss(values: Tensor, weights: Tensor, counts: Tensor, totals: Totals,
         options: ``loss_type``, ``tokens``, ``max_completion_length``.
     """
     sums = (weights * values).sum(dim=1)
-    kind = "dapo" if options.tokens == "t-spmo" else options.loss_type or "grpo"
+    kind = "dapo" if tokens_of(options).one_mean else options.loss_type or "grpo"
     if kind in ("grpo", "gspo"):
         return (sums / counts.clamp(min=1)).sum() / totals.sequences
     if kind == "dr_grpo":

@@ -78,7 +78,7 @@ class Driver:
         self.waited = 0.0
         self.computing: list[_Computing] = []
         self._open: dict[Any, tuple[_Join, int]] = {}  # by tag: who waits for the completion, and its index there
-        self._held: list[tuple[int, _GoOn]] | None = None  # plans at a barrier; None: there is no barrier
+        self._held: list[tuple[tuple[int, ...], _GoOn]] | None = None  # plans at a barrier; None: there is no barrier
         self._polls = 0
 
     def run(self, plans: Sequence[Plan[T]], barrier: bool = False) -> list[T]:
@@ -88,7 +88,7 @@ class Driver:
         self._held = [] if barrier else None
         try:
             wave = [
-                more for place, plan in enumerate(plans) for more in self._go(place, partial(root.put, place), plan)
+                more for index, plan in enumerate(plans) for more in self._go((index,), partial(root.put, index), plan)
             ]
             while wave:
                 self.sampler.run(wave, self._on_finished, self._poll if self.threads else None)
@@ -110,11 +110,11 @@ class Driver:
                     wait([computing.value], 0.05)
             self.threads.shutdown()
 
-    def _go(self, place: int, then: _GoOn, plan: Plan[Any], answer: Any = None) -> list[Request]:
+    def _go(self, place: tuple[int, ...], then: _GoOn, plan: Plan[Any], answer: Any = None) -> list[Request]:
         """Continue a plan until it waits for something; the requests to sample for it.
 
         Args:
-            place: of the plan among those given to :meth:`run`, or of the one that it is a part of.
+            place: of the plan among those given to :meth:`run`, or that of the plan it is a part of, then its own.
             then: gets its result.
         """
         while True:
@@ -130,7 +130,7 @@ class Driver:
             if isinstance(ask, All) and ask.plans:
                 join = _Join(len(ask.plans), go_on)
                 parts = enumerate(ask.plans)
-                return [more for index, part in parts for more in self._go(place, partial(join.put, index), part)]
+                return [more for i, part in parts for more in self._go((*place, i), partial(join.put, i), part)]
             if isinstance(ask, Compute) and self.threads is not None:
                 due = self._polls + COMPUTE_STEPS if ask.joins and self._held is None else math.inf
                 self.computing.append(_Computing(self.threads.submit(ask.call), due, go_on))

@@ -272,7 +272,7 @@ def judge_rates(rates: Sequence[PassRate], config: RunConfig) -> Part:
     right = [round(rate.rate * samples) for rate in rates]
     share, cut = sum(right) / total, fmean(rate.truncated for rate in rates)
     reasons = Counter(score.reason for rate in rates for score in rate.scores)
-    group = config.n_refinements if config.algorithm == "igrpo" else config.n_drafts
+    group = config.n_drafts if "stage1" in config.learning_stages else config.n_refinements
     expected = informative_share(right, samples, group)
     part.numbers |= {
         "samples": total,
@@ -292,7 +292,7 @@ def judge_rates(rates: Sequence[PassRate], config: RunConfig) -> Part:
         f"{part.numbers['length']:.0f} tokens a completion; {cut:.0%} cut at max_completion_length = "
         f"{config.max_completion_length}",
         f"groups of {group} in which right and wrong answers are mixed, as far as so few samples tell: {expected:.0%}"
-        + (" (from the plain prompt; a good draft makes them fewer)" if config.algorithm == "igrpo" else ""),
+        + (" (from the plain prompt; a good draft makes them fewer)" if "stage1" not in config.learning_stages else ""),
         *_examples(rates),
     ]
     _look_at_judge(part, rates)

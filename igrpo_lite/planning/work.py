@@ -112,13 +112,9 @@ def learning_trees(config: RunConfig, lengths: Lengths) -> Counter[Tree]:
     """The trees of one step's update, and how many of each: one for every group that learns, as if all had an
     advantage."""
     first, second = config.n_drafts, config.n_refinements
-    stages = {
-        "grpo": ((lengths.prompt, first),),
-        "igrpo": ((lengths.refined, second),),
-        "igrpo-joint": ((lengths.prompt, first), (lengths.refined, second)),
-    }
+    stages = {"stage1": (lengths.prompt, first), "stage2": (lengths.refined, second)}
     found: Counter[Tree] = Counter()
-    for trunk, size in stages[config.algorithm]:
+    for trunk, size in (stages[stage] for stage in config.learning_stages):
         leaf, rows = _chosen(config, lengths.completion, size)
         found[Tree(trunk, size, leaf, rows)] += config.prompts_per_step
         if config.tokens == "t-spmo" and config.tspmo_replay:

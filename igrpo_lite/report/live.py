@@ -64,8 +64,8 @@ class LiveScreen:
 
     def start(self, config: RunConfig, lines: Sequence[str], done_steps: int) -> None:
         self._title = clean(f"{config.algorithm} | {config.model} | {config.data}")
-        drafts = "completions" if config.algorithm == "grpo" else "drafts"
-        self._stages = (("stage1", drafts),) + ((("stage2", "refinements"),) if config.algorithm != "grpo" else ())
+        drafts = "drafts" if config.two_stages else "completions"
+        self._stages = (("stage1", drafts),) + ((("stage2", "refinements"),) if config.two_stages else ())
         self._pace = Pace(config.max_steps, config.eval_steps, done_steps)
         self._began = self._clock()
         for line in lines:

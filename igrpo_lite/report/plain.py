@@ -42,7 +42,7 @@ class PlainScreen:
 
     def start(self, config: RunConfig, lines: Sequence[str], done_steps: int) -> None:
         self._pace = Pace(config.max_steps, config.eval_steps, done_steps)
-        self._two_stages = config.algorithm != "grpo"
+        self._two_stages = config.two_stages
         for line in lines:
             self._say(clean(line))
 

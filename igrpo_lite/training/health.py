@@ -13,7 +13,8 @@ from dataclasses import dataclass
 from statistics import fmean, pvariance
 from typing import Any, Literal, TypeGuard
 
-from igrpo_lite.config import LEARNING_STAGES, RunConfig
+from igrpo_lite.algorithms.tokens import tokens_of
+from igrpo_lite.config import RunConfig
 from igrpo_lite.training.memory import MemoryTrend
 
 SILENT_STEPS = 20
@@ -51,7 +52,7 @@ class Health:
         self._config = config
         sizes = {"stage1": config.n_drafts, "stage2": config.n_refinements}
         self._groups = {stage: size for stage, size in sizes.items() if size}
-        self._learning = LEARNING_STAGES[config.algorithm]
+        self._learning = config.learning_stages
         self._history: list[dict[str, Any]] = []
         self._constant: dict[str, dict[str, Any]] = {}
         self._best: dict[str, Any] | None = None
@@ -352,7 +353,7 @@ class Health:
         if self._leaks(loss):
             copied = self._mean("stage2/copied", _HALF)
             share = "" if copied is None else f" ({copied:.0%} repeat it)"
-            other = "" if self._config.algorithm == "igrpo-joint" else "Use --algorithm igrpo-joint, or l"
+            other = "" if "stage1" in self._config.learning_stages else "Use --algorithm igrpo-joint, or l"
             cure = f"{other or 'L'}{slower}"
             text = f"Answer leak: the drafts' reward fell {seen}, that of the refinements did not. They copy the "
             text += f"draft's answer{share}, and single-pass skill is being lost. {cure}; {kept}."
@@ -372,7 +373,7 @@ class Health:
 
     def _entropy(self) -> Iterator[Finding]:
         values = self._values("entropy", 5)
-        if len(values) < 3 or self._config.tokens in ("t-spmo", "entropy"):  # these choose tokens for being uncertain
+        if len(values) < 3 or tokens_of(self._config).uncertain:
             return
         mean, rate = fmean(values), f"--learning-rate (now {self._config.learning_rate:g})"
         if mean < _ENTROPY_LOW:

@@ -10,10 +10,11 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from igrpo_lite.algorithms.learning import LearningSequence, learning_sequences, teaching, totals
+from igrpo_lite.algorithms.learning import learning_sequences, teaching, totals
+from igrpo_lite.algorithms.methods.base import Rollout
 from igrpo_lite.algorithms.objectives import Totals, reduce_loss, sampler_weights, token_loss
-from igrpo_lite.algorithms.rollout import Rollout
-from igrpo_lite.algorithms.selection import entropy_threshold, uncertain_tokens
+from igrpo_lite.algorithms.tokens import tokens_of
+from igrpo_lite.algorithms.tokens.base import LearningSequence, Measured
 from igrpo_lite.config import RunConfig
 from igrpo_lite.errors import UpdateError
 from igrpo_lite.policy.loading import Policy, recompute_activations
@@ -163,9 +164,7 @@ class PolicyUpdate:
         # Dropout, where a model has any, must be off: the sampling policy had none. Recomputing activations is the one
         # thing that asks for training mode; loading takes the dropout out for it.
         self.policy.model.train(self.checkpointing)
-        sequences = learning_sequences(rollouts, self.config, step)
-        if self.config.tokens == "entropy":
-            sequences = self._uncertain(sequences, stats)
+        sequences = self._measured(learning_sequences(rollouts, self.config, step), stats)
         sums = totals(sequences)
         batches = self._micro_batches(teaching(sequences, self.config.beta))
         if not batches:
@@ -265,28 +264,24 @@ class PolicyUpdate:
         self._smallest = all(len(batch) == 1 for batch in rows)
         return [MicroBatch([sequences[row] for row in batch]) for batch in rows]
 
-    @torch.no_grad()
-    def _uncertain(self, sequences: Sequence[LearningSequence], stats: UpdateStats) -> list[LearningSequence]:
-        """Choose the most uncertain tokens of the step: entropies first, without gradient, then the tokens.
+    def _measured(self, sequences: list[LearningSequence], stats: UpdateStats) -> list[LearningSequence]:
+        """The sequences of a step once the choice of tokens has asked the policy what it wants to know."""
+        candidates = teaching(sequences, self.config.beta)
+        chosen = tokens_of(self.config).measured(candidates, lambda asked: self._measure(asked, stats), self.config)
+        changed = {id(old): new for old, new in zip(candidates, chosen, strict=True)}
+        return [changed.get(id(sequence), sequence) for sequence in sequences]
 
-        The threshold is a quantile over the tokens that could learn; completions without advantage are not run.
-        """
-        measured: list[tuple[LearningSequence, list[float]]] = []
-        for batch in self._micro_batches(teaching(sequences, self.config.beta)):
+    @torch.no_grad()
+    def _measure(self, sequences: Sequence[LearningSequence], stats: UpdateStats) -> list[Measured]:
+        found: dict[int, Measured] = {}
+        for batch in self._micro_batches(sequences):
             scored = self._score(batch)
             stats.backbone_tokens += scored.backbone_tokens
             stats.head_tokens += scored.head_rows
-            rows = zip(batch.sequences, scored.entropies, scored.mask, strict=True)
-            measured += [(sequence, row[mask].tolist()) for sequence, row, mask in rows]
-        if not measured:
-            return list(sequences)
-        entropies = torch.tensor([entropy for _, row in measured for entropy in row])
-        threshold = entropy_threshold(entropies, self.config.top_entropy_quantile)
-        chosen = {
-            id(sequence): uncertain_tokens(row, threshold, sequence.learning.advantages[0])
-            for sequence, row in measured
-        }
-        return [sequence.with_learning(chosen.get(id(sequence), sequence.learning)) for sequence in sequences]
+            rows = zip(batch.sequences, scored.logprobs, scored.entropies, scored.mask, strict=True)
+            for sequence, logprobs, entropies, mask in rows:
+                found[id(sequence)] = Measured(tuple(logprobs[mask].tolist()), tuple(entropies[mask].tolist()))
+        return [found[id(sequence)] for sequence in sequences]
 
     def _count(
         self, batch: MicroBatch, scored: TokenLogprobs, advantages: Tensor, gap: Tensor, stats: UpdateStats

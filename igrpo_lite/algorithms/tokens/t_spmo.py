@@ -15,17 +15,28 @@ prefixes, and its end is one more way to continue the last of them, though one w
 are compared with it, even if they all go on with the same token. So the advantages along any completion that goes on
 still sum to its reward minus V of the root, and the count-weighted sum remains REINFORCE with the prefix's value as
 baseline. What is left of the ended completion, its reward minus V where it ends, falls on no token.
+
+In the common form of the objectives: T_j = the transitions that completion j is the first to take, A_jt = A(p, v),
+w_jt = 1, counted |T_j|, and one mean over all of the step whatever ``loss_type`` is. The clip stays.
+
+**Replay** (algorithms/replay.py, ``tspmo_replay``, off): fresh continuations from inside one success and one failure of
+the group, a trie of their own rooted where they restart.
 """
 
 from __future__ import annotations
 
 import math
-from collections.abc import Iterator, Sequence
+import random
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from itertools import pairwise
 
-from igrpo_lite.algorithms.selection import Learning
-from igrpo_lite.config import UpdateOptions
+from igrpo_lite.algorithms.groups import Groups, Place
+from igrpo_lite.algorithms.plans import Barrier, Plan
+from igrpo_lite.algorithms.replay import Replay, choose_restarts, replay
+from igrpo_lite.algorithms.tokens.base import Learning, Tokens
+from igrpo_lite.config import RunConfig, UpdateOptions
+from igrpo_lite.types import Group
 
 _NOISE = 2.0**-21
 """Share of the largest reward below which an advantage is the rounding of float32 rewards: means that are equal differ
@@ -152,3 +163,32 @@ def _common_prefix(a: tuple[int, ...], b: tuple[int, ...]) -> int:
         else:
             high = middle - 1
     return low
+
+
+class PrefixMatching(Tokens):
+    """See the module."""
+
+    raw_rewards = True
+    one_mean = True
+    uncertain = True
+
+    def learn(
+        self,
+        group: Group,
+        advantages: Sequence[float],
+        start: int,
+        config: RunConfig,
+        rng: Callable[[int], random.Random],
+    ) -> list[Learning]:
+        return prefix_matching([completion.ids for completion in group.completions], advantages, config, start)
+
+    def replays(self, groups: Groups, p: Place, group: Group) -> Plan[tuple[Replay, ...]]:
+        if not groups.config.tspmo_replay:
+            return ()
+        restarts = choose_restarts(group, random.Random(p.seed(groups.seed, group.stage, "replay")))
+        groups.expected += len(restarts) * groups.config.tspmo_replay
+        yield Barrier()
+        return (yield from replay(groups, p, group, restarts))
+
+
+CHOICE = PrefixMatching()
