@@ -84,7 +84,7 @@ def hand_gradient(config: RunConfig, policy: Policy, rollouts: Sequence[Rollout]
 def test_the_papers_gradient(parts, collect, algorithm, settings):
     """With the sampler's weights off, since these rollouts were not sampled at every temperature tried here."""
     config = config_of(algorithm, importance_sampling_mode="none", **settings)
-    rollouts = collect(algorithm)[:2]
+    rollouts = [dataclasses.replace(rollout, replays=()) for rollout in collect(algorithm)[:2]]
     (found,), stats = run_update(config, parts.policy, rollouts)
     expected = hand_gradient(config, parts.policy, rollouts, config.beta)
     norm = math.sqrt(sum(float((g**2).sum()) for g in expected.values()))
@@ -146,7 +146,7 @@ def test_entropy_takes_the_tokens_of_trls_rule(parts, collect, quantile, beta):
     """TRL's ``get_high_entropy_mask``: at or above the quantile ``1 - rho`` of all tokens' entropies. Without KL
     penalty, completions without an advantage, which could not learn anyhow, are not among them."""
     config = config_of("igrpo", max_grad_norm=1e9, tokens="entropy", top_entropy_quantile=quantile, beta=beta)
-    rollouts = collect("igrpo")
+    rollouts = [dataclasses.replace(rollout, replays=()) for rollout in collect("igrpo")]
     rollouts = [with_rewards(rollouts[0], "stage2", lambda *_: 0.3), *rollouts[1:]]
     sequences = learning_sequences(rollouts, config, 0)
     with torch.no_grad():

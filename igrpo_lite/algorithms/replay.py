@@ -70,17 +70,17 @@ def choose_restarts(group: Group, rng: random.Random) -> list[Restart]:
     return [Restart(source, rng.randint(1, len(group.completions[source].ids) - 1)) for source in sources]
 
 
-def replay(groups: Groups, p: Place, group: Group, restarts: Sequence[Restart]) -> Plan[tuple[Replay, ...]]:
-    """Sample and score fresh continuations at each restart in a group."""
-    replays = yield All([_replay(groups, p, group, number, at) for number, at in enumerate(restarts, start=1)])
+def replay(groups: Groups, p: Place, group: Group, restarts: Sequence[Restart], count: int) -> Plan[tuple[Replay, ...]]:
+    """Sample and score ``count`` fresh continuations at each restart in a group."""
+    replays = yield All([_replay(groups, p, group, number, at, count) for number, at in enumerate(restarts, start=1)])
     return tuple(replays)
 
 
-def _replay(groups: Groups, p: Place, group: Group, number: int, at: Restart) -> Plan[Replay]:
+def _replay(groups: Groups, p: Place, group: Group, number: int, at: Restart, count: int) -> Plan[Replay]:
     source, config, tokenizer = group.completions[at.source], groups.config, groups.prompts.tokenizer
     kept, limit = source.ids[: at.start], config.max_completion_length - at.start
     prompt = Prompt(group.prompt.text + tokenizer.decode(list(kept)), group.prompt.ids + kept)
-    continuations = yield groups.sample(p, group.stage, prompt, config.tspmo_replay, limit, number)
+    continuations = yield groups.sample(p, group.stage, prompt, count, limit, number)
     completions = [source]
     for c in continuations:  # each as if it had been sampled in one piece
         ids, logprobs = kept + c.ids, source.logprobs[: at.start] + c.logprobs

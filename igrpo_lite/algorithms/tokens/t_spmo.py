@@ -183,12 +183,13 @@ class PrefixMatching(Tokens):
         return prefix_matching([completion.ids for completion in group.completions], advantages, config, start)
 
     def replays(self, groups: Groups, p: Place, group: Group) -> Plan[tuple[Replay, ...]]:
-        if not groups.config.tspmo_replay:
+        count = groups.config.tspmo_replay
+        if not count:
             return ()
         restarts = choose_restarts(group, random.Random(p.seed(groups.seed, group.stage, "replay")))
-        groups.expected += len(restarts) * groups.config.tspmo_replay
+        groups.expected += len(restarts) * count
         yield Barrier()
-        return (yield from replay(groups, p, group, restarts))
+        return (yield from replay(groups, p, group, restarts, count))
 
 
 CHOICE = PrefixMatching()
