@@ -101,7 +101,7 @@ def merge(file: Mapping[str, Any], flags: Mapping[str, Any]) -> dict[str, Any]:
     the policy as the judge with the endpoint.
     """
     stale: set[str] = set()
-    if "num_generations" in flags or ALGORITHMS.get(flags.get("algorithm", ""), ()) == ("stage1",):
+    if "num_generations" in flags or ALGORITHMS.get(str(flags.get("algorithm"))) == ("stage1",):
         stale |= {"num_drafts", "num_refinements"}
     if "num_drafts" in flags:
         stale.add("num_refinements")

@@ -63,20 +63,20 @@ class FirstTokens(Tokens):
 
 
 class Undecided(Method):
-    """The second half of the step's rollouts continues, from its middle, the first draft of each of those problems
+    """The second half of the step's rollouts continues, from within, the first draft of each of those problems
     whose drafts disagree most: one method that divides rollouts among problems and whose given tokens do not learn."""
 
     def step(self, groups: Groups, places: Sequence[Place]) -> Plan[list[Rollout]]:
         drafts: list[Group] = yield All([groups.drafts(p) for p in places])
         spread = [len({score.reward for score in group.scores}) for group in drafts]
-        chosen = sorted(range(len(places)), key=lambda i: -spread[i])[:2]
+        chosen = sorted(range(len(places)), key=lambda i: -spread[i])[: len(places) // 2]
         more = yield All([self._continued(groups, places[i], drafts[i]) for i in chosen])
         replays = dict(zip(chosen, more, strict=True))
         return [Rollout(group, replays=replays.get(i, ())) for i, group in enumerate(drafts)]
 
     def _continued(self, groups: Groups, p: Place, drafts: Group) -> Plan[tuple[Replay, ...]]:
-        middle = max(1, len(drafts.completions[0].ids) // 2)
-        return (yield from replay(groups, p, drafts, [Restart(0, middle)], 5))
+        within = len(drafts.completions[0].ids) // 4
+        return (yield from replay(groups, p, drafts, [Restart(0, within)], 5))
 
     def learning_groups(self, rollout: Rollout, config: RunConfig) -> tuple[LearningGroup, ...]:
         return tuple(LearningGroup(r.group, r.start) for r in rollout.replays)
@@ -121,7 +121,7 @@ def test_a_choice_of_tokens_that_asks_the_policy(tmp_path):
 
 
 def test_a_method_that_divides_rollouts_and_masks_a_prefix(tmp_path):
-    steps = trained(tmp_path / "run", algorithm="undecided", tokens="first")
+    steps = trained(tmp_path / "run", algorithm="undecided", tokens="first", prompts_per_step=8)
     assert all(step["place"] >= 1 for step in steps if step["learning_sequences"])
     assert any(step["learning_sequences"] for step in steps)
 
