@@ -34,7 +34,7 @@ lint: $(VENV)/.installed-test
 	$(BIN)/ruff format --check .
 	$(BIN)/mypy
 
-docs: $(VENV)/.installed ## rewrite from the code: settings, command line, tables, and the plans in recipes
+docs: $(VENV)/.installed ## rewrite from the code: settings, tables, and the plans in recipes
 	$(BIN)/python tools/make_docs.py docs
 	$(BIN)/python tools/card_recipes.py docs
 

@@ -65,10 +65,10 @@ Contender = Callable[[Workload, int], list[tuple[int, ...]]]
 def main(arguments: Sequence[str] | None = None) -> dict[str, Any]:
     arguments = list(sys.argv[1:] if arguments is None else arguments)
     options = parse(arguments)
-    torch.set_num_threads(options.threads)
     with tempfile.TemporaryDirectory() as scratch:
-        config = resolve({"model": model_folder(options, Path(scratch)), "torch_threads": options.threads})
+        config = resolve({"model": model_folder(options, Path(scratch))})
         contenders, model = build(config, Path(scratch) / "adapter")
+        torch.set_num_threads(options.threads)
         prompts = problem_prompts(config, options.prompts)
         print(f"{model['parameters']:,} weights, {len(prompts)} prompts x {options.group}, {options.threads} thread(s)")
         workloads = {

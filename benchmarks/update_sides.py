@@ -26,6 +26,7 @@ from igrpo_lite.algorithms.learning import learning_sequences, totals
 from igrpo_lite.algorithms.rollout import Rollout
 from igrpo_lite.algorithms.tokens.base import LearningSequence
 from igrpo_lite.config import RunConfig
+from igrpo_lite.defaults import ENTROPY_SHARE
 from igrpo_lite.planning.models import find_model
 from igrpo_lite.policy.attention import register
 from igrpo_lite.policy.chunked_head import head_logprobs
@@ -263,7 +264,7 @@ class Trl:
         self.clear()
         trainer.current_gradient_accumulation_steps = len(self.batches)
         trainer.loss_type = "dapo" if config.tokens == "t-spmo" else "grpo"
-        trainer.top_entropy_quantile = config.top_entropy_quantile if config.tokens == "entropy" else 1.0
+        trainer.top_entropy_quantile = ENTROPY_SHARE if config.tokens == "entropy" else 1.0
         # This one question decides on positions; the kernel below it asks a copy of its own whether there is a GPU.
         # TRL 1.15 does not ask it: it always scores as 1.16 does on CUDA.
         asked = hasattr(trl_utils, "_use_triton") and not self.every_position

@@ -70,10 +70,6 @@ class ModelOptions(Section):
         "compute in it, float16 on older ones, float32 elsewhere.",
     )
     device: str = Field("auto", description="`auto`, `cpu`, `cuda`, `cuda:1` or `mps`.")
-    torch_threads: PositiveInt | None = Field(
-        None,
-        description="CPU threads; unset: 1 for models under 50 M parameters (more are slower), torch's choice above.",
-    )
     lora_r: PositiveInt = Field(16, description="Rank of the LoRA adapter.")
     lora_alpha: PositiveInt | None = Field(None, description="LoRA alpha; unset: equal to `lora_r` (scale 1).")
     lora_target_modules: list[str] = Field(
@@ -154,7 +150,6 @@ class RolloutOptions(Section):
         None, description="Drafts N of these; the others are refinements G. Unset: half."
     )
     temperature: PositiveFloat = Field(1.0, description="Sampling temperature of both stages (the paper: 0.7).")
-    draft_temperature: PositiveFloat | None = Field(None, description="Temperature of the drafts, where it differs.")
     max_completion_length: PositiveInt = Field(
         768, description="Tokens sampled at most per completion, in either stage."
     )
@@ -187,12 +182,6 @@ class RolloutOptions(Section):
         None,
         description="Memory for vLLM's keys and values, GiB; unset: what `max_num_seqs` sequences need, if it fits.",
     )
-    share_weights: bool = Field(
-        True, description="One copy of the frozen weights for the policy and vLLM, where their layouts allow it."
-    )
-    rebuild_steps: Annotated[int, Field(ge=0)] = Field(
-        0, description="Steps after which vLLM's engine is made anew, against memory that leaks; 0: never."
-    )
     parity_steps: Annotated[int, Field(ge=0)] = Field(
         50,
         description="Steps between checks that the sampler samples from the policy, beside those at start and resume; "
@@ -212,15 +201,8 @@ class RewardOptions(Section):
     reward_weights: list[float] | None = Field(
         None, description="One weight per reward; unset: 1, except 0.1 for `format` (the paper: 1 and 1)."
     )
-    reward_timeout: PositiveFloat = Field(60.0, description="Seconds one call of your own reward may take.")
-    math_verify: bool = Field(
-        True,
-        description="Ask math-verify, in worker processes, about answers that the exact comparison cannot judge.",
-    )
-    overlong_buffer: PositiveInt | None = Field(
-        None,
-        description="`soft_overlong`: tokens before `max_completion_length` over which the reward falls from 0 to -1; "
-        "unset: a fifth of that length.",
+    reward_timeout: PositiveFloat = Field(
+        60.0, description="Seconds one call of your own reward, or of the judge, may take."
     )
     judge_by: Literal["endpoint", "policy"] = Field(
         "endpoint",
@@ -231,17 +213,12 @@ class RewardOptions(Section):
         None, description="`judge`: OpenAI-compatible endpoint, like `http://localhost:8000/v1` (vLLM, Ollama)."
     )
     judge_model: str | None = Field(None, description="`judge`: model name at the endpoint; unset: its only one.")
-    judge_api_key_env: str = Field(
-        "OPENAI_API_KEY",
-        description="`judge`: environment variable that holds the key; may be unset for local servers.",
-    )
     judge_prompt: str | None = Field(
         None,
         description="`judge`: text or file with {question} and {completion}, and {answer} where it may see the gold "
         "answer; unset: ours.",
     )
     judge_max_tokens: PositiveInt = Field(1024, description="`judge`: tokens the judge may write per completion.")
-    judge_timeout: PositiveFloat = Field(60.0, description="`judge`: seconds one call may take.")
     judge_token_budget: PositiveInt | None = Field(
         None,
         description="`judge`: tokens, read and written, after which the run stops with everything saved; unset: any.",
@@ -256,11 +233,6 @@ class UpdateOptions(Section):
         description="Completion tokens that learn: all, a random part (S-GRPO), those where rollouts part (T-SPMO), "
         "or the most uncertain.",
     )
-    sgrpo_preset: Literal["short", "long"] | None = Field(
-        None,
-        description="S-GRPO for short or long answers: alpha 0, P 0.4, no k; or alpha 100, P 0.5, k 300. Unset: `long` "
-        "from a `max_completion_length` of 600.",
-    )
     sgrpo_alpha: Annotated[int, Field(ge=0)] | None = Field(
         None, description="S-GRPO: leading tokens of a completion that always learn; unset: the preset's."
     )
@@ -270,18 +242,12 @@ class UpdateOptions(Section):
     sgrpo_k: Annotated[int, Field(ge=0)] | None = Field(
         None, description="S-GRPO: learning tokens per completion at most, 0: any number; unset: the preset's."
     )
-    tspmo_min_visits: Annotated[int, Field(ge=2)] = Field(
-        2, description="T-SPMO: completions that must share a prefix before its next tokens are compared."
-    )
     tspmo_replay: Annotated[int, Field(ge=0)] = Field(
         0,
         description="T-SPMO: fresh continuations from inside one success and one failure each, beside the rollouts; "
         "0: none.",
     )
-    top_entropy_quantile: Annotated[float, Field(gt=0.0, le=1.0)] = Field(
-        0.2, description="Share of the tokens that learn with `tokens: entropy`, highest entropy first."
-    )
-    loss_type: Literal["grpo", "bnpo", "dr_grpo", "dapo", "gspo", "cispo"] | None = Field(
+    loss_type: Literal["grpo", "dr_grpo", "dapo", "gspo", "cispo"] | None = Field(
         None,
         description="Objective and its normalisation; unset: `grpo`, mean over each sequence, then over sequences.",
     )
@@ -296,9 +262,6 @@ class UpdateOptions(Section):
     epsilon_high: Annotated[float, Field(ge=0.0)] | None = Field(
         None, description="Clip range above 1 (DAPO: 0.28); for `cispo` the highest ratio itself (unset: 5)."
     )
-    delta: Annotated[float, Field(gt=1.0)] | None = Field(
-        None, description="Highest ratio of a token whose advantage is negative (two-sided clipping); unset: any."
-    )
     importance_sampling_mode: Literal["none", "token_truncate", "token_mask", "sequence_truncate", "sequence_mask"] = (
         Field(
             "token_truncate",
@@ -306,7 +269,6 @@ class UpdateOptions(Section):
             "are capped or, beyond the cap, zero.",
         )
     )
-    importance_sampling_clip_max: PositiveFloat = Field(3.0, description="Cap of that correction's weights.")
     beta: Annotated[float, Field(ge=0.0)] = Field(
         0.0, description="Weight of the KL penalty to the model without adapter, on the tokens that learn."
     )
@@ -345,7 +307,6 @@ class RunOptions(Section):
         None, description="Stop cleanly after this time; the same command goes on."
     )
     save_steps: PositiveInt = Field(20, description="Steps between checkpoints; every 10 minutes there is one anyhow.")
-    save_total_limit: PositiveInt = Field(2, description="Checkpoints kept.")
     eval_steps: PositiveInt = Field(50, description="Steps between held-out evaluations.")
     patience_dead: Annotated[int, Field(ge=0)] = Field(
         20, description="Stop, with the reason, after this many steps in a row without any learning signal; 0: never."
@@ -389,12 +350,6 @@ class RunConfig(RunOptions, UpdateOptions, RewardOptions, RolloutOptions, Prompt
         the places, evenly spread over the whole run, so that steps of few problems have their share too."""
         place, share = step * self.prompts_per_step + slot, self.single_stage_share
         return not self.two_stages or math.floor((place + 1) * share) > math.floor(place * share)
-
-    def stage_temperature(self, stage: Stage, single: bool = False) -> float:
-        """Sampling temperature of a stage; the loss uses the same. ``single``: no second stage follows, so the
-        completions are no drafts."""
-        drafts = stage == "stage1" and self.two_stages and not single
-        return self.draft_temperature if drafts and self.draft_temperature is not None else self.temperature
 
     def is_replayed(self, stage: Stage, single: bool = False) -> bool:
         """Whether T-SPMO's replays follow a stage: one whose tokens learn."""

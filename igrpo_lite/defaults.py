@@ -26,14 +26,17 @@ SGRPO_PRESETS: dict[str, dict[str, Any]] = {
 """S-GRPO for answers of a few hundred tokens, and for longer ones: 40 % of the tokens, or those up to about the 500th,
 after which nothing has to be computed. Ours; the paper's own values could not be found."""
 
+ENTROPY_SHARE = 0.2
+"""Share of the tokens that learn with ``tokens: entropy`` (arXiv 2506.01939)."""
+
 LONG_COMPLETION = 600
 """Tokens of ``max_completion_length`` from which the preset ``long`` is the default."""
 
-REWARD_SETTINGS: dict[str, str] = {"judge": "judge_", "soft_overlong": "overlong_"}
+REWARD_SETTINGS: dict[str, str] = {"judge": "judge_"}
 """What the settings of a built-in reward begin with."""
 
 ENDPOINT_SETTINGS: tuple[str, ...] = (
-    *("judge_url", "judge_model", "judge_api_key_env", "judge_timeout"),
+    *("judge_url", "judge_model"),
     "judge_token_budget",
 )
 """The judge's settings that mean nothing where the policy is the judge."""

@@ -28,17 +28,13 @@ RESUMABLE: frozenset[str] = frozenset(
         "max_steps",
         "max_minutes",
         "save_steps",
-        "save_total_limit",
         "report_to",
         "progress",
         "patience_dead",
         "parity_steps",
-        "rebuild_steps",
         "kv_cache_gib",
-        "share_weights",
         "judge_url",
-        "judge_api_key_env",
-        "judge_timeout",
+        "reward_timeout",
         "judge_token_budget",
         "dtype",  # ``auto`` depends on the device; a run that would go on in another type is refused on its own
     }
@@ -97,7 +93,7 @@ def merge(file: Mapping[str, Any], flags: Mapping[str, Any]) -> dict[str, Any]:
     """A recipe's settings with the flags over them.
 
     A flag for the number of rollouts, or another algorithm, also takes back what the file says about the drafts of
-    them. So does a preset of S-GRPO with what it stands for, a choice of tokens with the settings of another one, and
+    them. So does a choice of tokens with the settings of another one, and
     the policy as the judge with the endpoint.
     """
     stale: set[str] = set()
@@ -105,8 +101,6 @@ def merge(file: Mapping[str, Any], flags: Mapping[str, Any]) -> dict[str, Any]:
         stale |= {"num_drafts", "num_refinements"}
     if "num_drafts" in flags:
         stale.add("num_refinements")
-    if flags.get("sgrpo_preset"):
-        stale |= {name for preset in SGRPO_PRESETS.values() for name in preset}
     if "reward_funcs" in flags:
         named = str(flags["reward_funcs"])
         unused = tuple(prefix for reward, prefix in REWARD_SETTINGS.items() if reward not in named)
@@ -202,8 +196,7 @@ def _selection(config: RunConfig) -> dict[str, Any]:
     """The parameters of S-GRPO, where it is chosen: the user's, or the preset's."""
     if config.tokens != "s-grpo":
         return {}
-    name = config.sgrpo_preset or ("long" if config.max_completion_length >= LONG_COMPLETION else "short")
-    preset = {"sgrpo_preset": name} | SGRPO_PRESETS[name]
+    preset = SGRPO_PRESETS["long" if config.max_completion_length >= LONG_COMPLETION else "short"]
     return {key: value for key, value in preset.items() if getattr(config, key) is None}
 
 
@@ -230,9 +223,6 @@ def _cross_findings(config: RunConfig, bad: set[str]) -> list[str]:
         found.append(f"epsilon_high: {high} is below epsilon {config.epsilon}; it widens the clip range above 1")
     if high is not None and config.loss_type == "cispo" and high < 1.0:
         found.append(f"epsilon_high: cispo takes it as the highest ratio itself, so at least 1, not {high}; usual is 5")
-    top = 1.0 + (config.epsilon if high is None else high)
-    if config.delta is not None and config.delta < top and config.loss_type != "cispo":
-        found.append(f"delta: {config.delta} is below the clip range, which ends at {top:g}; raise it or leave it out")
     if not re.fullmatch(r"auto|cpu|mps|cuda(:\d+)?", config.device):
         found.append(f"device: must be auto, cpu, cuda, cuda:<number> or mps, not {config.device!r}")
     if not re.fullmatch(r"all|last[ -](half|third|quarter|[1-9]\d*)", config.lora_layers):
@@ -267,13 +257,6 @@ def _idle(config: RunConfig) -> list[str]:
 
 def _selection_findings(config: RunConfig) -> list[str]:
     found = []
-    sizes = {"stage1": config.n_drafts, "stage2": config.n_refinements}
-    group = max(config.tspmo_replay + 1, *(sizes[stage] for stage in config.learning_stages))
-    if config.tokens == "t-spmo" and config.tspmo_min_visits > group:
-        found.append(
-            f"tspmo_min_visits: must be at most the {group} completions of a group that learns, not "
-            f"{config.tspmo_min_visits}"
-        )
     if config.tokens == "t-spmo" and config.scale_rewards != "group":
         found.append("scale_rewards: has no effect with tokens t-spmo, which takes rewards as they are; leave it out")
     if config.tokens == "t-spmo" and config.loss_type is not None:

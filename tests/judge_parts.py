@@ -160,7 +160,7 @@ class Asker:
         url = server if isinstance(server, str) else server.url
         for name in {"retries", "concurrency"} & settings.keys():
             self.patch.setattr(endpoint, name.upper(), settings.pop(name))
-        base = {"judge_url": url, "judge_api_key_env": "JUDGE_TEST_KEY"}
+        base = {"judge_url": url}
         return RunConfig(**{"reward_funcs": ["judge"], **base, **settings})
 
     def judge(self, server: JudgeServer | str, **settings: Any) -> Judge:

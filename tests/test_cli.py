@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 import subprocess
 import sys
 from pathlib import Path
@@ -11,6 +12,8 @@ import yaml
 
 from igrpo_lite import __version__
 from igrpo_lite.cli import app, main
+from igrpo_lite.cli.flags import SHORT
+from igrpo_lite.fields import FIELDS
 from igrpo_lite.settings import load_file, resolve
 
 ROOT = Path(__file__).resolve().parents[1]
@@ -34,12 +37,41 @@ def test_nothing_heavy_is_imported_before_work_begins() -> None:
 
 
 def test_help_shows_defaults_and_choices_with_the_four_main_flags_first(capsys: pytest.CaptureFixture[str]) -> None:
-    assert main(["train", "--help"]) == 0
+    assert main(["train", "--help-all"]) == 0
     text = capsys.readouterr().out
     flags = [line.split()[1] for line in text.splitlines() if line.startswith("│ --")]
     assert flags[:4] == ["--model", "--data", "--algorithm", "--tokens"]
     assert "igrpo-joint" in text
-    assert "40" in text
+    assert "[default: 768; tiny: 48]" in text
+
+
+def test_help_is_short_and_the_rest_is_a_flag_away(capsys: pytest.CaptureFixture[str], monkeypatch) -> None:
+    """Two screens of 80 columns; hidden settings work as flags all the same."""
+    monkeypatch.setenv("COLUMNS", "80")
+    shown = {}
+    for flag in ("--help", "--help-all"):
+        assert main(["train", flag]) == 0
+        text = capsys.readouterr().out
+        shown[flag] = set(re.findall(r"^│ --([\w-]+)", text, re.MULTILINE)) - {"config", "dump-config"}
+        if flag == "--help":
+            assert len(text.rstrip().splitlines()) <= 48
+            assert text.rstrip().endswith("All settings: igrpo-lite train --help-all")
+    assert shown["--help-all"] == {name.replace("_", "-") for name in FIELDS}
+    brief = {name.replace("_", "-") for lines in SHORT.values() for name in lines}
+    assert shown["--help"] == brief
+    assert len(brief) == 25
+    assert main(["train", "--warmup-ratio", "2"]) == 2
+    assert "warmup_ratio: must be a number from 0 to 1" in capsys.readouterr().err
+
+
+@pytest.mark.parametrize("verb", ["eval", "compare", "check", "scan", "show-prompt", "plan"])
+def test_the_short_help_of_other_verbs_hides_settings_but_none_of_their_own_flags(verb, capsys) -> None:
+    own = set()
+    for flag in ("--help", "--help-all"):
+        assert main([verb, flag]) == 0
+        found = set(re.findall(r"--([\w-]+)", capsys.readouterr().out))
+        own = own or found
+    assert own - {"help-all"} < found
 
 
 def test_version_and_module_agree() -> None:

@@ -157,7 +157,6 @@ def test_the_function_refuses_as_the_command_does():
 def test_runs_on_a_cpu_have_one_thread_unless_the_user_says_otherwise(monkeypatch):
     monkeypatch.delenv("OMP_NUM_THREADS", raising=False)
     assert _environment(resolve({}))["OMP_NUM_THREADS"] == "1"
-    for settings in ({"device": "cuda:1"}, {"torch_threads": 4}):
-        assert "OMP_NUM_THREADS" not in _environment(resolve(settings))
+    assert "OMP_NUM_THREADS" not in _environment(resolve({"device": "cuda:1"}))
     monkeypatch.setenv("OMP_NUM_THREADS", "3")
     assert _environment(resolve({}))["OMP_NUM_THREADS"] == "3"

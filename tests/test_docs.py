@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 from pathlib import Path
 
 import make_docs as docs
@@ -14,7 +15,6 @@ DOCS = Path(__file__).resolve().parents[1] / "docs"
 
 def test_generated_pages_are_current() -> None:
     assert (DOCS / "config.md").read_text(encoding="utf-8") == docs.config_page()
-    assert (DOCS / "cli.md").read_text(encoding="utf-8") == docs.cli_page()
 
 
 @pytest.mark.parametrize("page", docs.TABLES)
@@ -24,4 +24,4 @@ def test_tables_within_pages_are_current(page: str) -> None:
 
 def test_every_setting_is_documented_once() -> None:
     page = docs.config_page()
-    assert all(page.count(f"| `{name}` |") == 1 for name in FIELDS)
+    assert all(len(re.findall(rf"^\| (\*\*)?`{name}`(\*\*)? \|", page, re.MULTILINE)) == 1 for name in FIELDS)

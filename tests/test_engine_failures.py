@@ -6,7 +6,6 @@ import json
 
 import pytest
 from bad_parts import SMALL, assert_same, records
-from tiny_parts import small_config
 
 from igrpo_lite.errors import SamplerError
 from igrpo_lite.sampling.transformers import TransformersSampler
@@ -120,34 +119,6 @@ def test_a_dead_engine_leaves_a_checkpoint_and_a_clear_line(fault, straight, say
     assert kept_records(whole) == kept_records(folder)
     summaries = [json.loads((place / "summary.json").read_text()) for place in (whole, folder)]
     assert summaries[0]["rollouts"] == summaries[1]["rollouts"] == 4 * 2 * 6
-
-
-def test_an_engine_is_made_anew_every_so_many_steps(tmp_path, monkeypatch):
-    rebuilt = []
-    monkeypatch.setattr(TransformersSampler, "rebuild", lambda self: rebuilt.append(self.decode_steps))
-    settings = {"max_steps": 4, "rebuild_steps": 2, "eval_steps": 4, "eval_size": 2}
-    summary = train(small_config(output_dir=str(tmp_path / "run"), **settings))
-    assert summary["steps"] == 4
-    assert len(rebuilt) == 1, "after step 2; after the last one there is nothing left to sample but the evaluation"
-    step = next(r for r in records(tmp_path / "run", "metrics.jsonl") if r["kind"] == "step" and r["step"] == 2)
-    assert step["engine/decode_steps"] < rebuilt[0]
-
-
-def test_an_engine_that_cannot_be_made_anew_costs_no_step(tmp_path, monkeypatch):
-    def gone(self):
-        raise SamplerError("not enough memory")
-
-    monkeypatch.setattr(TransformersSampler, "rebuild", gone)
-    settings = {
-        "max_steps": 4,
-        "rebuild_steps": 2,
-        "save_steps": 100,
-        "eval_size": 2,
-        "output_dir": str(tmp_path / "run"),
-    }
-    with pytest.raises(SamplerError, match="not enough memory"):
-        train(small_config(**settings))
-    assert checkpoints(tmp_path / "run")[-1] == 2
 
 
 def test_failing_calls_of_rewards_do_not_count_twice(tmp_path, monkeypatch):

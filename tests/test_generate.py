@@ -35,9 +35,7 @@ def assert_alike(found, expected):
         torch.testing.assert_close(torch.tensor(one.logprobs), torch.tensor(other.logprobs), rtol=1e-4, atol=1e-4)
 
 
-@pytest.mark.parametrize(
-    "settings", [{}, {"temperature": 0.5}, {"temperature": 0.0}, {"top_p": 0.6}, {"temperature": 1.4, "min_p": 0.1}]
-)
+@pytest.mark.parametrize("settings", [{}, {"temperature": 0.5}, {"temperature": 0.0}, {"top_p": 0.6}])
 def test_the_same_completions(parts, settings):
     sampler, wanted = sampler_of(parts, max_num_seqs=5), requests(parts, **settings)
     found = sampler.run(wanted)

@@ -19,7 +19,7 @@ from igrpo_lite.rewards.calls import Calls
 
 @pytest.fixture
 def asker(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[Asker]:
-    monkeypatch.setenv("JUDGE_TEST_KEY", "sk-secret")
+    monkeypatch.setenv("OPENAI_API_KEY", "sk-secret")
     made = Asker(tmp_path, monkeypatch)
     yield made
     made.close()
@@ -54,7 +54,7 @@ def test_scores_come_in_order_and_tokens_are_counted(asker: Asker) -> None:
 
 
 def test_without_a_key_none_is_sent(asker: Asker, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.delenv("JUDGE_TEST_KEY")
+    monkeypatch.delenv("OPENAI_API_KEY")
     server = asker.serve(by_length)
     assert asker.grade(server)[0].score == 0.8
     assert "Authorization" not in server.requests[0].headers
@@ -159,7 +159,7 @@ def test_what_was_judged_is_not_asked_again(asker: Asker, tmp_path: Path) -> Non
     [
         ({"judge_prompt": "{question} {completion}"}, True),
         ({"judge_model": "other"}, True),
-        ({"judge_max_tokens": 5, "judge_timeout": 9.0}, False),
+        ({"judge_max_tokens": 5, "reward_timeout": 9.0}, False),
     ],
 )
 def test_another_question_is_asked_anew(asker: Asker, other: dict[str, Any], asks: bool) -> None:
@@ -221,7 +221,7 @@ def test_a_server_that_asks_for_too_much_time_is_not_waited_for(asker: Asker) ->
 
 def test_a_call_that_hangs_times_out_by_itself(asker: Asker) -> None:
     server = asker.serve(lambda body, n: server.hang() if attempt(body) == "a" else said("Score: 1"))
-    found = asker.grade(server, "a", "b", judge_timeout=0.3, retries=1)
+    found = asker.grade(server, "a", "b", reward_timeout=0.3, retries=1)
     assert [(j.score, j.timed_out) for j in found] == [(None, True), (1.0, False)]
     assert "did not reply within 0.3 s" in str(found[0].error)
     assert len(server.requests) == 3
@@ -238,8 +238,8 @@ def test_what_one_completion_does_wrong_is_not_tried_again(asker: Asker) -> None
 @pytest.mark.parametrize(
     ("answer", "told"),
     [
-        (refused(401, "bad key sk-secret"), r"401 \(bad key \*\*\*\); the key in JUDGE_TEST_KEY was refused"),
-        (refused(403), "the key in JUDGE_TEST_KEY was refused"),
+        (refused(401, "bad key sk-secret"), r"401 \(bad key \*\*\*\); the key in OPENAI_API_KEY was refused"),
+        (refused(403), "the key in OPENAI_API_KEY was refused"),
         (refused(404, "no such model"), r"judge_model is 'mine', and the endpoint offers judge-1, judge-2"),
         (refused(402, "no credit"), r"402 \(no credit\); fix that"),
         (Answer({"error": {"message": "pay", "code": "insufficient_quota"}}, 429), r"429 \(pay\); fix that"),
@@ -253,15 +253,15 @@ def test_what_no_call_escapes_stops_the_run(asker: Asker, answer: Answer, told: 
 
 
 def test_a_missing_key_is_named(asker: Asker, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.delenv("JUDGE_TEST_KEY")
-    with pytest.raises(RewardError, match="JUDGE_TEST_KEY is not set: put the endpoint's key into that"):
+    monkeypatch.delenv("OPENAI_API_KEY")
+    with pytest.raises(RewardError, match="OPENAI_API_KEY is not set: put the endpoint's key into that"):
         asker.grade(asker.serve(in_turn(refused(401))))
 
 
 def test_what_keeps_the_models_from_being_listed_is_named(asker: Asker) -> None:
     server = asker.serve(by_length)
     server.listing = refused(401, "no entry for sk-secret")
-    with pytest.raises(RewardError, match=r"401 \(no entry for \*\*\*\); the key in JUDGE_TEST_KEY was refused"):
+    with pytest.raises(RewardError, match=r"401 \(no entry for \*\*\*\); the key in OPENAI_API_KEY was refused"):
         asker.grade(server)
     server.listing = Answer("<html>", 404)
     with pytest.raises(RewardError, match=r"/models answered 404 \(<html>\); does judge_url end in /v1\?"):
@@ -278,9 +278,9 @@ def test_what_keeps_the_models_from_being_listed_is_named(asker: Asker) -> None:
 def test_a_key_that_no_header_takes_is_refused_and_not_shown(
     asker: Asker, monkeypatch: pytest.MonkeyPatch, key: str
 ) -> None:
-    monkeypatch.setenv("JUDGE_TEST_KEY", key)
+    monkeypatch.setenv("OPENAI_API_KEY", key)
     server = asker.serve(by_length)
-    with pytest.raises(RewardError, match="the key in JUDGE_TEST_KEY has characters that no key has") as raised:
+    with pytest.raises(RewardError, match="the key in OPENAI_API_KEY has characters that no key has") as raised:
         asker.grade(server)
     assert "sk-" not in str(raised.value)
 

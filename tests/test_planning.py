@@ -86,14 +86,9 @@ def test_parts_add_up_and_phases_differ():
     assert kept.parts["KV cache"] > 0
 
 
-@pytest.mark.parametrize("settings", [{"share_weights": False}, {"sampler": "transformers"}])
-def test_other_engines(settings):
-    common, other = planned("qwen2-1.5b", "4090"), planned("qwen2-1.5b", "4090", **settings)
-    if "sampler" in settings:
-        assert not {"graphs", "vLLM's LoRA"} & {part for phase in other.phases for part in phase.parts}
-    else:
-        assert [p.parts["weights"] for p in other.phases[:2]] == [2 * p.parts["weights"] for p in common.phases[:2]]
-        assert other.phases[2].parts["weights"] == common.phases[2].parts["weights"]  # it sleeps
+def test_other_engines():
+    other = planned("qwen2-1.5b", "4090", sampler="transformers")
+    assert not {"graphs", "vLLM's LoRA"} & {part for phase in other.phases for part in phase.parts}
 
 
 LESS = [
@@ -114,7 +109,7 @@ def test_what_saves_memory_in_the_update(settings):
 
 def test_a_mask_alone_saves_nothing():
     """S-GRPO without a cap runs every completion to its end; that fewer rows go through the head is felt elsewhere."""
-    before, after = planned("qwen2-1.5b", "4090"), planned("qwen2-1.5b", "4090", tokens="s-grpo", sgrpo_preset="short")
+    before, after = planned("qwen2-1.5b", "4090"), planned("qwen2-1.5b", "4090", tokens="s-grpo", sgrpo_k=0)
     assert after.phases[2].total == before.phases[2].total
 
 

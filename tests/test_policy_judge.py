@@ -59,8 +59,6 @@ def test_settings_of_an_endpoint_are_refused_one_by_one():
     endpoint = {
         "judge_url": "http://localhost:8000/v1",
         "judge_model": "m",
-        "judge_api_key_env": "KEY",
-        "judge_timeout": 5.0,
         "judge_token_budget": 100,
     }
     findings = reward_findings(resolve(JUDGED | endpoint))
@@ -78,7 +76,7 @@ def test_settings_of_an_endpoint_are_refused_one_by_one():
 
 
 def test_the_flag_takes_a_recipes_endpoint_back():
-    recipe = {"reward_funcs": ["judge"], "judge_url": "http://x/v1", "judge_timeout": 9, "judge_prompt": SHORT}
+    recipe = {"reward_funcs": ["judge"], "judge_url": "http://x/v1", "judge_token_budget": 9, "judge_prompt": SHORT}
     merged = merge(recipe, {"judge_by": "policy"})
     assert merged == {"reward_funcs": ["judge"], "judge_prompt": SHORT, "judge_by": "policy"}
     assert merge(recipe, {"judge_by": "endpoint"}) == recipe | {"judge_by": "endpoint"}

@@ -141,8 +141,7 @@ def test_restarts_are_in_a_success_and_in_a_failure(parts):
 @pytest.mark.parametrize("algorithm", ALGORITHMS)
 def test_requests_of_a_replay(algorithm, parts):
     """Prompt and kept tokens, what is left of the length, the stage's temperature, seeds of their own."""
-    draft_temperature = None if algorithm == "grpo" else 0.5
-    config = small_config(algorithm=algorithm, draft_temperature=draft_temperature, temperature=0.9, **REPLAY)
+    config = small_config(algorithm=algorithm, temperature=0.9, **REPLAY)
     sampler = scripted(parts)
     rollouts = collect(config, parts, sampler)
     seeds = [request.seed for request in sampler.requests]
@@ -154,8 +153,7 @@ def test_requests_of_a_replay(algorithm, parts):
             found = [request for request in sampler.requests if request.prompt.ids == ids]
             assert len(found) >= 3
             assert all(request.max_tokens == config.max_completion_length - replay.start for request in found)
-            temperature = config.stage_temperature(replay.group.stage)
-            assert all(request.temperature == temperature for request in found)
+            assert all(request.temperature == 0.9 for request in found)
             assert all(request.prompt.text.startswith(replay.group.prompt.text) for request in found)
     assert len(seeds) == 3 * 6 + 3 * sum(len(rollout.replays) for rollout in rollouts)
 

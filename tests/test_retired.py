@@ -53,15 +53,22 @@ def old_run(first_step, tmp_path: Path, **settings) -> Path:
     """The same run as the first edition would have left it."""
     run = shutil.copytree(first_step, tmp_path / "run")
     text = "".join(f"{name}: {json.dumps(value)}\n" for name, value in (OLD | settings).items())
-    if "draft_selection" in settings:
-        kept = [line for line in (run / "config.yaml").read_text().splitlines() if "draft_selection:" not in line]
+    for name in settings.keys() & RETIRED_VALUES.keys():
+        kept = [line for line in (run / "config.yaml").read_text().splitlines() if not line.startswith(f"{name}:")]
         (run / "config.yaml").write_text("\n".join(kept) + "\n")
     with (run / "config.yaml").open("a") as file:
         file.write(text)
     return run
 
 
-@pytest.mark.parametrize("settings", [{}, {"save_minutes": 3.0, "sample_steps": 1, "math_verify_timeout": 1.0}])
+@pytest.mark.parametrize(
+    "settings",
+    [
+        {},
+        {"save_minutes": 3.0, "sample_steps": 1, "math_verify_timeout": 1.0, "save_total_limit": 9},
+        {"rebuild_steps": 5, "share_weights": False, "torch_threads": 3, "sgrpo_preset": "long"},
+    ],
+)
 def test_a_run_with_the_values_that_are_left_goes_on(settings, first_step, tmp_path):
     """So does one with others of what changed no result."""
     run = old_run(first_step, tmp_path, **settings)
@@ -74,7 +81,13 @@ def test_a_run_with_the_values_that_are_left_goes_on(settings, first_step, tmp_p
 
 @pytest.mark.parametrize(
     "settings",
-    [{"plain_refinements": 0.5}, {"draft_answer": "hidden", "top_p": 0.9}, {"draft_selection": "worst_formatted"}],
+    [
+        {"plain_refinements": 0.5},
+        {"draft_temperature": 1.5},
+        {"loss_type": "bnpo"},
+        {"draft_answer": "hidden", "top_p": 0.9},
+        {"draft_selection": "worst_formatted"},
+    ],
 )
 def test_another_run_is_refused_but_evaluated_and_exported(settings, first_step, tmp_path, capsys):
     run = old_run(first_step, tmp_path, **settings)

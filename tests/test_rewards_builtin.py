@@ -46,9 +46,9 @@ def test_soft_overlong_is_trls() -> None:
     rng = random.Random(1)
     for _ in range(CASES):
         limit = rng.randint(1, 400)
-        buffer, length = rng.randint(1, limit), rng.randint(0, 500)
-        (expected,) = trl.get_soft_overlong_punishment(limit, buffer)(completion_ids=[[0] * length])
-        assert soft_overlong(length, limit, buffer) == expected
+        length = rng.randint(0, 500)
+        (expected,) = trl.get_soft_overlong_punishment(limit, max(1, limit // 5))(completion_ids=[[0] * length])
+        assert soft_overlong(length, limit) == expected
 
 
 def test_soft_overlong_reaches_minus_one_at_the_limit_and_takes_a_fifth() -> None:
@@ -118,16 +118,16 @@ def test_random_is_uniform_repeatable_and_blind() -> None:
 
 def test_the_scorer_hands_each_what_it_needs(scorer: Any) -> None:
     names = ("soft_overlong", "cosine", "repetition", "random")
-    built = scorer(*names, max_completion_length=100, overlong_buffer=40, seed=5)
+    built = scorer(*names, max_completion_length=100, seed=5)
     assert built.weights == (1.0,) * 4
     assert not built.in_worker
     assert not built.failures
     built.check(PROBLEM)
-    completions = [of_length(80), of_length(50, WRONG), of_length(100, "so so so so so")]
+    completions = [of_length(90), of_length(50, WRONG), of_length(100, "so so so so so")]
     scores = built.score(PROBLEM, PROMPT, completions)
     assert [score.parts["soft_overlong"] for score in scores] == [-0.5, 0.0, -1.0]
     assert [score.parts["cosine"] for score in scores] == [
-        cosine_scaled(80, 100, True),
+        cosine_scaled(90, 100, True),
         cosine_scaled(50, 100, False),
         cosine_scaled(100, 100, False),
     ]

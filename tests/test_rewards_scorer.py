@@ -92,9 +92,8 @@ def test_check_refuses_a_gold_that_cannot_be_verified() -> None:
     ("settings", "told"),
     [
         ({"judge_url": "http://x/v1"}, "judge_url: belongs to the reward judge, which reward_funcs does not name"),
-        ({"judge_timeout": 1, "overlong_buffer": 3}, "judge_timeout: .*\noverlong_"),
+        ({"judge_token_budget": 1, "judge_model": "x"}, "judge_model: .*\njudge_token_budget: "),
         ({"reward_funcs": ["judge"]}, "judge_url: the reward judge needs an endpoint"),
-        ({"reward_funcs": ["soft_overlong"], "overlong_buffer": 800}, "must be at most max_completion_length 768"),
         ({"reward_funcs": ["cosin"]}, "did you mean cosine"),
         ({"reward_funcs": ["accuracy:2"]}, "accuracy:2: weights have a setting of their own, reward_weights"),
     ],
@@ -134,7 +133,6 @@ def test_settings_of_a_judge_that_are_fine(tmp_path: Path) -> None:
             reward_funcs=["accuracy", "judge", "soft_overlong", "repetition"],
             judge_url=url,
             judge_prompt=str(prompt),
-            overlong_buffer=768,
         )
         assert reward_findings(config) == []
 

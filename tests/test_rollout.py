@@ -76,14 +76,6 @@ def test_one_problem_twice_in_a_batch_is_sampled_twice(parts):
     assert [c.ids for c in first.stage1.completions] != [c.ids for c in second.stage1.completions]
 
 
-def test_draft_temperature_changes_only_drafts(parts):
-    warm = collect(small_config(), parts)
-    cold = collect(small_config(draft_temperature=0.05), parts)
-    both_cold = collect(small_config(temperature=0.05), parts)
-    assert [r.stage1 for r in cold] == [r.stage1 for r in both_cold] != [r.stage1 for r in warm]
-    assert [r.stage2 for r in cold] != [r.stage2 for r in both_cold]
-
-
 def test_prefill_is_once_per_prompt(parts):
     before = parts.sampler.prefill_tokens
     rollouts = collect(small_config(), parts)

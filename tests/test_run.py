@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import os
+import shutil
 import signal
 import subprocess
 import sys
@@ -23,7 +24,7 @@ from igrpo_lite.settings import resolve
 from igrpo_lite.training import train
 from igrpo_lite.training.loop import Trainer
 
-SETTINGS = SMALL | {"max_steps": 6, "eval_steps": 3, "save_steps": 2, "save_total_limit": 10}
+SETTINGS = SMALL | {"max_steps": 6, "eval_steps": 3, "save_steps": 2}
 
 
 def command(folder: Path, **settings: Any) -> list[str]:
@@ -138,10 +139,12 @@ def test_stopping_where_an_evaluation_is_due_does_not_lose_it(whole, tmp_path):
 def test_a_checkpoint_half_replaced_is_taken_back(tmp_path):
     """Killed between setting the old one aside and naming the new one."""
     folder = tmp_path / "run"
-    train(small_config(output_dir=str(folder), max_steps=1, save_total_limit=1))
-    (kept,) = (folder / "checkpoints").iterdir()
+    train(small_config(output_dir=str(folder), max_steps=1))
+    *older, kept = sorted((folder / "checkpoints").iterdir())
+    for path in older:
+        shutil.rmtree(path)
     kept.rename(kept.with_name(f".old-{kept.name}"))
-    summary = train(small_config(output_dir=str(folder), max_steps=2, save_total_limit=1))
+    summary = train(small_config(output_dir=str(folder), max_steps=2))
     assert summary["steps"] == 2
     assert [r["step"] for r in lines(folder, "metrics.jsonl") if r["kind"] == "step"] == [1, 2]
 
@@ -251,8 +254,8 @@ def test_after_is_never_an_older_evaluation(tmp_path, monkeypatch):
 
 
 def test_a_damaged_newer_checkpoint_does_not_crowd_out_sound_ones(tmp_path):
-    settings = SETTINGS | {"output_dir": str(tmp_path / "run"), "save_total_limit": 1, "eval_steps": 100}
-    train(resolve(settings | {"max_steps": 4, "save_total_limit": 2}))
+    settings = SETTINGS | {"output_dir": str(tmp_path / "run"), "eval_steps": 100}
+    train(resolve(settings | {"max_steps": 4}))
     damaged = tmp_path / "run" / "checkpoints" / "step-000004" / "random.pt"
     damaged.write_bytes(b"")
     for steps in (3, 4):

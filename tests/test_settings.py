@@ -96,10 +96,7 @@ def test_contradictions_are_named(given: dict[str, Any], reason: str) -> None:
         ({"tokens": "t-spmo", "loss_type": "grpo"}, "leave loss_type out"),
         ({"sgrpo_k": 8}, "sgrpo_k: belongs to tokens s-grpo, but tokens is all"),
         ({"tokens": "s-grpo", "tspmo_replay": 4}, "tspmo_replay: belongs to tokens t-spmo, but tokens is s-grpo"),
-        ({"top_entropy_quantile": 0.5}, "set --tokens entropy or leave it out"),
-        ({"tokens": "t-spmo", "tspmo_min_visits": 9}, "tspmo_min_visits: must be at most the 8 completions"),
         ({"tokens": "t-spmo", "scale_rewards": "batch"}, "scale_rewards: has no effect with tokens t-spmo"),
-        ({"delta": 1.1}, "delta: 1.1 is below the clip range, which ends at 1.2"),
         ({"tokens": "s-grpo", "sgrpo_p": 0.0}, "sgrpo_p: 0 with sgrpo_alpha 0 leaves no token to learn from"),
         ({"loss_type": "cispo", "epsilon_high": 0.28}, "epsilon_high: cispo takes it as the highest ratio itself"),
         ({"loss_type": "dapo", "epsilon_high": 0.1}, "epsilon_high: 0.1 is below epsilon 0.2"),
@@ -112,9 +109,6 @@ def test_contradictions_are_named(given: dict[str, Any], reason: str) -> None:
         ({"tokens": "s_grpo"}, "did you mean s-grpo?"),
         ({"tokens": "sgrpo"}, "did you mean s-grpo?"),
         ({"loss_type": "drgrpo"}, "did you mean dr_grpo?"),
-        ({"delta": 1.0}, "delta: must be a number above 1"),
-        ({"tspmo_min_visits": 1}, "at least 2"),
-        ({"top_entropy_quantile": 0.0}, "above 0"),
         ({"sgrpo_p": 1.5}, "from 0 to 1"),
     ],
 )
@@ -133,7 +127,6 @@ def test_findings_about_the_update(given: dict[str, Any], words: str) -> None:
         {"tokens": "t-spmo"},
         {"lora_layers": "last-third"},
         {"lora_layers": "last 12"},
-        {"tokens": "s-grpo", "sgrpo_preset": "long"},
     ],
 )
 def test_nothing_to_say_about_the_update(given: dict[str, Any]) -> None:
@@ -143,34 +136,21 @@ def test_nothing_to_say_about_the_update(given: dict[str, Any]) -> None:
 @pytest.mark.parametrize(
     ("given", "expected"),
     [
-        ({"max_completion_length": 599}, ("short", 0, 0.4, 0)),
-        ({"max_completion_length": 600}, ("long", 100, 0.5, 300)),
-        ({"max_completion_length": 2048, "sgrpo_preset": "short"}, ("short", 0, 0.4, 0)),
-        ({"sgrpo_preset": "long"}, ("long", 100, 0.5, 300)),
-        ({"max_completion_length": 2048, "sgrpo_p": 0.25}, ("long", 100, 0.25, 300)),
-        ({"sgrpo_preset": "long", "sgrpo_alpha": 0, "sgrpo_k": 0}, ("long", 0, 0.5, 0)),
-        ({"sgrpo_alpha": 7}, ("short", 7, 0.4, 0)),  # the bundled model's answers are short
+        ({"max_completion_length": 599}, (0, 0.4, 0)),
+        ({"max_completion_length": 600}, (100, 0.5, 300)),
+        ({"max_completion_length": 2048, "sgrpo_p": 0.25}, (100, 0.25, 300)),
+        ({"max_completion_length": 2048, "sgrpo_alpha": 0, "sgrpo_k": 0}, (0, 0.5, 0)),
+        ({"sgrpo_alpha": 7}, (7, 0.4, 0)),  # the bundled model's answers are short
     ],
 )
-def test_presets_of_sgrpo(given: dict[str, Any], expected: tuple[Any, ...]) -> None:
+def test_defaults_of_sgrpo(given: dict[str, Any], expected: tuple[Any, ...]) -> None:
+    """By the length of completions, and none where they mean nothing."""
+    names = ("sgrpo_alpha", "sgrpo_p", "sgrpo_k")
     config = resolve({"tokens": "s-grpo"} | given)
-    assert (config.sgrpo_preset, config.sgrpo_alpha, config.sgrpo_p, config.sgrpo_k) == expected
+    assert tuple(getattr(config, name) for name in names) == expected
     other, said = examine({"tokens": "all"} | given)
-    unset = {name for name in ("sgrpo_preset", "sgrpo_alpha", "sgrpo_p", "sgrpo_k") if name not in given}
-    assert all(getattr(other, name) is None for name in unset)  # no preset where it means nothing
+    assert all(getattr(other, name) is None for name in names if name not in given)
     assert len(said) == sum(name.startswith("sgrpo_") for name in given)
-
-
-def test_a_flag_for_a_preset_takes_back_what_the_old_one_stood_for(tmp_path: Path) -> None:
-    path = tmp_path / "config.yaml"
-    path.write_text(dump(resolve({"tokens": "s-grpo", "sgrpo_preset": "short"})), encoding="utf-8")
-    again, changed, mixed = (
-        resolve(merge(load_file(path), flags))
-        for flags in ({}, {"sgrpo_preset": "long"}, {"sgrpo_preset": "long", "sgrpo_p": "0.1"})
-    )
-    assert (again.sgrpo_alpha, again.sgrpo_p, again.sgrpo_k) == (0, 0.4, 0)
-    assert (changed.sgrpo_alpha, changed.sgrpo_p, changed.sgrpo_k) == (100, 0.5, 300)
-    assert (mixed.sgrpo_alpha, mixed.sgrpo_p, mixed.sgrpo_k) == (100, 0.1, 300)
 
 
 def test_contradictions_are_found_beside_bad_fields_but_not_because_of_them() -> None:
@@ -217,7 +197,7 @@ def test_a_flag_takes_back_the_counts_that_follow_from_the_old_ones() -> None:
         {},
         {"algorithm": "grpo", "model": "org/name"},
         {"system_prompt": "two\nlines: {with} 'quotes' # and more", "learning_rate": 1e-6, "report_to": ["wandb"]},
-        {"tokens": "s-grpo", "lora_layers": "last third", "loss_type": "dapo", "epsilon_high": 0.28, "delta": 4.0},
+        {"tokens": "s-grpo", "lora_layers": "last third", "loss_type": "dapo", "epsilon_high": 0.28},
         {"system_prompt": "", "reward_weights": [1, 0.5], "revision": "123", "stage2_template": "{question} é {draft}"},
     ],
 )

@@ -28,6 +28,7 @@ from transformers import AutoTokenizer
 from igrpo_lite.algorithms.advantages import advantages
 from igrpo_lite.algorithms.objectives import TokenLoss, Totals, reduce_loss, sampler_weights, token_loss
 from igrpo_lite.config import RunConfig
+from igrpo_lite.defaults import ENTROPY_SHARE
 from igrpo_lite.tiny import MODEL_DIR
 
 os.environ.setdefault("TRL_EXPERIMENTAL_SILENCE", "1")  # the rollout hook warns
@@ -36,20 +37,19 @@ GROUPS, SIZE, LONGEST = 3, 4, 12
 TEMPERATURE = 0.9
 LENGTHS = [12, 3, 7, 1, 9, 9, 2, 5, 12, 4, 6, 8]
 REWARDS = [1.0, 0.0, 0.1, 0.0, 0.7, 1.1, 0.7, 0.0, 1.0, 1.0, 0.0, None]
-KINDS = ("grpo", "bnpo", "dr_grpo", "dapo", "gspo", "cispo")
+KINDS = ("grpo", "dr_grpo", "dapo", "gspo", "cispo")
 STALE = {"num_iterations": 2}  # the adapter has moved since the rollouts
 VARIANTS: dict[str, dict[str, Any]] = {
     "on policy": {},
     "stale": STALE,
     "kl": STALE | {"beta": 0.1},
     "clip higher": STALE | {"epsilon": 0.1, "epsilon_high": 1.3},
-    "two-sided clip": STALE | {"delta": 1.25},
     "batch advantages": STALE | {"scale_rewards": "batch"},
     "plain advantages": STALE | {"scale_rewards": "none"},
     "token advantages": STALE | {"token_advantages": True},
     "selected tokens": STALE | {"selected": True},
     "truncated masked": STALE | {"mask_truncated_completions": True},
-    "entropy": STALE | {"tokens": "entropy", "top_entropy_quantile": 0.4},
+    "entropy": STALE | {"tokens": "entropy"},
     "sampler, token_truncate": {"importance_sampling_mode": "token_truncate"},
     "sampler, token_mask": {"importance_sampling_mode": "token_mask"},
     "sampler, sequence_truncate": {"importance_sampling_mode": "sequence_truncate"},
@@ -58,7 +58,6 @@ VARIANTS: dict[str, dict[str, Any]] = {
     | {
         "beta": 0.05,
         "epsilon_high": 1.3,
-        "delta": 1.5,
         "token_advantages": True,
         "selected": True,
         "mask_truncated_completions": True,
@@ -145,7 +144,8 @@ def shared(tmp_path_factory: pytest.TempPathFactory) -> Oracle:
 
 
 @pytest.fixture
-def oracle(shared: Oracle) -> Iterator[Oracle]:
+def oracle(shared: Oracle, monkeypatch: pytest.MonkeyPatch) -> Iterator[Oracle]:
+    monkeypatch.setattr("igrpo_lite.algorithms.objectives.SAMPLER_CAP", 1.2)  # so that it matters
     shared.reset()
     yield shared
     shared.reset()
@@ -154,7 +154,7 @@ def oracle(shared: Oracle) -> Iterator[Oracle]:
 def make_case(oracle: Oracle, selected: bool = False, token_advantages: bool = False, **settings: Any) -> Case:
     random = torch.Generator().manual_seed(3)
     settings = {"importance_sampling_mode": "none", "max_completion_length": LONGEST} | settings
-    config = RunConfig(importance_sampling_clip_max=1.2, **settings)
+    config = RunConfig(**settings)
 
     def ids(length: int) -> list[int]:
         return torch.randint(8, VOCAB, (length,), generator=random).tolist()
@@ -193,14 +193,13 @@ def configure(patch: pytest.MonkeyPatch, trainer: Any, config: RunConfig) -> Non
         "scale_rewards": config.scale_rewards,
         "max_completion_length": config.max_completion_length,
         "mask_truncated_completions": config.mask_truncated_completions,
-        "top_entropy_quantile": config.top_entropy_quantile if config.tokens == "entropy" else 1.0,
+        "top_entropy_quantile": ENTROPY_SHARE if config.tokens == "entropy" else 1.0,
         "use_vllm": sampler,  # only its correction: the rollouts come from the hook
         "vllm_importance_sampling_mode": config.importance_sampling_mode,
         "_last_loaded_step": trainer.state.global_step,
     }
     for name, value in values.items():
         patch.setattr(trainer, name, value, raising=name != "_last_loaded_step")
-    patch.setattr(trainer.args, "delta", config.delta)
 
 
 def trl_step(oracle: Oracle, patch: pytest.MonkeyPatch, case: Case) -> tuple[dict[str, Tensor], Tensor]:
@@ -252,7 +251,7 @@ def our_step(oracle: Oracle, case: Case) -> tuple[TokenLoss, Tensor]:
     counts = torch.stack([row.sum() for row in learn])  # TRL's, also with the entropy mask
     weights = [torch.ones(n) for n in LENGTHS]
     if config.tokens == "entropy":
-        least = torch.quantile(torch.cat(entropies), 1 - config.top_entropy_quantile)
+        least = torch.quantile(torch.cat(entropies), 1 - ENTROPY_SHARE)
         uncertain = [row >= least for row in entropies]
         # TRL's ratio of a sequence runs over all its tokens, ours over those given; token ratios need the chosen alone.
         learn, weights = (learn, uncertain) if config.loss_type == "gspo" else (uncertain, weights)

@@ -6,9 +6,8 @@ import math
 
 import pytest
 from tiny_parts import small_config, tiny_parts
-from update_parts import config_of, rollouts_of, run_update
+from update_parts import config_of, rollouts_of
 
-from igrpo_lite.algorithms.learning import learning_sequences
 from igrpo_lite.algorithms.methods import method_of
 from igrpo_lite.algorithms.rollout import RolloutCollector
 from igrpo_lite.settings import examine
@@ -36,23 +35,6 @@ def test_the_share_of_single_stages_is_spread_over_the_run(share, prompts_per_st
     assert sum(single) == math.floor(24 * share + 1e-9)
     for start in range(0, 24, 12):
         assert sum(single[start : start + 12]) in (math.floor(12 * share), math.ceil(12 * share))
-
-
-def test_a_single_stage_has_no_drafts_so_their_temperature_is_not_its(parts):
-    """Neither in sampling nor in the loss; the sampler's log-probabilities tell of both."""
-    settings = {"algorithm": "igrpo", "single_stage_share": 0.5, "draft_temperature": 2.0, "temperature": 0.7}
-    config = small_config(prompts_per_step=4, **settings)
-    mixed = RolloutCollector(parts.sampler, parts.scorer, parts.prompts, config, 0).collect(parts.train[:4], 0)
-    config = small_config(algorithm="grpo", temperature=0.7)
-    grpo = RolloutCollector(parts.sampler, parts.scorer, parts.prompts, config, 0).collect(parts.train[:4], 0)
-    assert ids_of(mixed[1::2]) == ids_of(grpo[1::2])
-    assert ids_of(mixed[::2])[0][:3] != ids_of(grpo[::2])[0][:3]
-    joint = small_config(prompts_per_step=4, **settings | {"algorithm": "igrpo-joint"})
-    for rollout in mixed:
-        found = {s.prompt: s.temperature for s in learning_sequences([rollout], joint, 0)}
-        assert found[rollout.stage1.prompt] == (0.7 if rollout.stage2 is None else 2.0)
-    _, stats = run_update(joint, parts.policy, mixed)
-    assert stats.sampler_gap < 1e-4
 
 
 def ids_of(rollouts):

@@ -1,20 +1,16 @@
 """Writes from the code what would drift else: ``python tools/make_docs.py docs`` (``make docs``).
 
-These are docs/config.md and docs/cli.md, and tables within other pages.
+These are docs/config.md, and tables within other pages.
 """
 
 from __future__ import annotations
 
-import io
 import re
 import sys
 from collections.abc import Callable
 from pathlib import Path
-from typing import Any
 
-from rich.console import Console
-
-from igrpo_lite.cli.app import build
+from igrpo_lite.cli.flags import SHORT
 from igrpo_lite.config import SECTIONS, Section
 from igrpo_lite.defaults import MODEL_DEFAULTS
 from igrpo_lite.environment import pins
@@ -60,6 +56,7 @@ TABLES: dict[str, tuple[str, Callable[[], list[str]]]] = {
 }
 """Pages with a table of ours in them: what its comments call it, and its lines."""
 
+_BRIEF = [name for lines in SHORT.values() for name in lines]
 _NOTE = "<!-- Written by `make docs`; change the code instead. -->"
 
 
@@ -74,26 +71,11 @@ def config_page() -> str:
         "Every setting is a flag (`--max-steps 10`), a line of a recipe (`max_steps: 10`) and an argument of",
         "`igrpo_lite.train(max_steps=10)`. Flags win over the recipe, the recipe over the defaults of the model",
         f"({models}), these over the general defaults.",
+        f"`igrpo-lite train --help` shows the {len(_BRIEF)} in bold, `--help-all` all of them.",
     ]
     for section in SECTIONS:
         lines += ["", f"## {section.__doc__}", "", "| setting | type | default | meaning |", "|---|---|---|---|"]
         lines += [_row(name, section) for name in section.model_fields]
-    return "\n".join(lines) + "\n"
-
-
-def cli_page() -> str:
-    """The ``--help`` of every verb, at a fixed width and without colour."""
-    app = build()
-    lines = [
-        "# Command line",
-        "",
-        _NOTE,
-        "",
-        "Exit codes: 0 done, 2 a mistake to mend (one or two lines each), 3 stopped",
-    ]
-    lines += ["for a stated reason with everything saved, 130 interrupted before the run began."]
-    for verb in VERBS:
-        lines += ["", f"## {' '.join(('igrpo-lite', *verb))}", "", "```text", _help(app, verb), "```"]
     return "\n".join(lines) + "\n"
 
 
@@ -117,7 +99,6 @@ def write(folder: Path) -> None:
     """Write the pages and their tables."""
     folder.mkdir(parents=True, exist_ok=True)
     (folder / "config.md").write_text(config_page(), encoding="utf-8")
-    (folder / "cli.md").write_text(cli_page(), encoding="utf-8")
     for page in TABLES:
         (folder / page).write_text(filled_page(folder, page), encoding="utf-8")
 
@@ -129,14 +110,9 @@ def _row(name: str, section: type[Section]) -> str:
     kind = f"list of {kind}" if few and isinstance(field.default, list) else kind
     default = f"`{default_text(field.default)}`" if field.default is not None else "unset"
     special = [f"{model}: `{default_text(own[name])}`" for model, own in MODEL_DEFAULTS.items() if name in own]
-    cells = (f"`{name}`", kind, "; ".join([default, *special]), (FIELDS[name].description or "").replace("|", "\\|"))
+    shown = f"**`{name}`**" if name in _BRIEF else f"`{name}`"
+    cells = (shown, kind, "; ".join([default, *special]), (FIELDS[name].description or "").replace("|", "\\|"))
     return f"| {' | '.join(cells)} |"
-
-
-def _help(app: Any, verb: tuple[str, ...]) -> str:
-    text = io.StringIO()
-    app.help_print(list(verb), console=Console(file=text, width=100, color_system=None, force_terminal=False))
-    return "\n".join(line.rstrip() for line in text.getvalue().strip().splitlines())
 
 
 if __name__ == "__main__":

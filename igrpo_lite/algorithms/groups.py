@@ -94,8 +94,8 @@ class Groups:
         return Group(p.problem, stage, prompt, tuple(completions), tuple(scores))
 
     def sample(self, p: Place, stage: Stage, prompt: Prompt, count: int, max_tokens: int, replay: int = 0) -> Sample:
-        """``count`` completions of a prompt, at the temperature of their stage."""
-        temperature = self.config.stage_temperature(stage, p.single)
+        """``count`` completions of a prompt."""
+        temperature = self.config.temperature
         return Sample(
             [
                 Request(

@@ -30,19 +30,18 @@ def learning_sequences(rollouts: Sequence[Rollout], config: RunConfig, step: int
     Where a choice of tokens asks the policy first (entropy), all its candidates learn here; the update then asks.
     """
     method, choice = method_of(config), tokens_of(config)
-    groups = [(place, r, found) for place, r in enumerate(rollouts) for found in method.learning_groups(r, config)]
-    learning, found = [group for _, _, group in groups], []
-    for (place, rollout, (group, start)), row in zip(groups, _advantages(learning, config), strict=True):
+    groups = [(place, group) for place, r in enumerate(rollouts) for group in method.learning_groups(r, config)]
+    learning, found = [group for _, group in groups], []
+    for (place, (group, start)), row in zip(groups, _advantages(learning, config), strict=True):
         path = ("tokens", step, place, group.problem.id, group.stage, *((start,) if start else ()))
 
         def rng(index: int, path: tuple[object, ...] = path) -> random.Random:
             return random.Random(request_seed(config.seed, *path, index))
 
-        temperature = config.stage_temperature(group.stage, rollout.stage2 is None)
         learned = choice.learn(group, row, start, config, rng)
         for completion, part in zip(group.completions, learned, strict=True):
             masked = config.mask_truncated_completions and completion.truncated
-            found.append(LearningSequence(group.prompt, completion, temperature, NOTHING if masked else part))
+            found.append(LearningSequence(group.prompt, completion, config.temperature, NOTHING if masked else part))
     return found
 
 

@@ -7,7 +7,7 @@
 | `grpo` (default) | nothing | 2602.09000, 2402.03300 |
 | `gspo` | r: geometric mean over the sequence, one for all its tokens | 2507.18071 |
 | `cispo` | min(...): r A log pi, r constant and at most `epsilon_high`; mean over all tokens of the step | 2506.13585 |
-| `dapo`, `bnpo` | mean over all tokens of the step | 2503.14476; TRL |
+| `dapo` | mean over all tokens of the step | 2503.14476; TRL |
 | `dr_grpo` | 1/T_j: one over `max_completion_length` | 2503.20783 |
 
 Plain functions of log-probabilities of the tokens that learn. In stage 2 everything is conditioned on the prompt that
@@ -18,7 +18,6 @@ TRL has the KL term and the products and means over a sequence over all tokens, 
 
 from __future__ import annotations
 
-import math
 from typing import NamedTuple
 
 import torch
@@ -29,6 +28,9 @@ from igrpo_lite.config import RunConfig, UpdateOptions
 
 CISPO_CAP = 5.0
 """Highest ratio of ``cispo`` unless ``epsilon_high`` is set (arXiv 2510.13786)."""
+
+SAMPLER_CAP = 3.0
+"""Cap of the weights that correct for the sampler's arithmetic: TRL's ``vllm_importance_sampling_clip_max``."""
 
 
 class TokenLoss(NamedTuple):
@@ -55,7 +57,7 @@ def token_loss(
         old_logprobs: of the policy that sampled, ``[B, T]``, constant.
         advantages: ``[B]`` (one for all tokens of a completion) or ``[B, T]``.
         mask: bool ``[B, T]``, the tokens that learn; what stands elsewhere has no effect.
-        options: ``loss_type``, ``epsilon``, ``epsilon_high``, ``delta``, ``beta``.
+        options: ``loss_type``, ``epsilon``, ``epsilon_high``, ``beta``.
         reference_logprobs: of the reference policy under the same prompt, ``[B, T]``; the KL estimate is Schulman's
             k3, ``rho - log rho - 1`` with ``rho = exp(reference - logprobs)``. Without them there is no KL term.
         sampler_weights: ``w``, ``[B, T]``, see :func:`sampler_weights`; the KL term is not weighted.
@@ -82,14 +84,11 @@ def token_loss(
 
 
 def _clipped(ratio: Tensor, advantages: Tensor, options: UpdateOptions) -> tuple[Tensor, Tensor]:
-    """``-min(r A, clip(r) A)``; ``delta`` (arXiv 2505.07291) bounds the r without clip, which matters where A < 0."""
+    """``-min(r A, clip(r) A)``."""
     low = 1.0 - options.epsilon
     high = 1.0 + (options.epsilon if options.epsilon_high is None else options.epsilon_high)
-    delta = math.inf if options.delta is None else options.delta
-    loss = -torch.minimum(ratio.clamp(max=delta) * advantages, ratio.clamp(low, high) * advantages)
-    clipped_up = (ratio > min(high, delta)) & (advantages > 0)
-    clipped_down = ((ratio < low) | (ratio > delta)) & (advantages < 0)
-    return loss, clipped_up | clipped_down
+    loss = -torch.minimum(ratio * advantages, ratio.clamp(low, high) * advantages)
+    return loss, ((ratio > high) & (advantages > 0)) | ((ratio < low) & (advantages < 0))
 
 
 def _capped(ratio: Tensor, advantages: Tensor, logprobs: Tensor, options: UpdateOptions) -> tuple[Tensor, Tensor]:
@@ -104,25 +103,25 @@ def sampler_weights(logprobs: Tensor, sampler_logprobs: Tensor, mask: Tensor, op
     """Truncated importance sampling for a sampler whose arithmetic differs from the policy's (TRL's vLLM correction).
 
     The ratio ``exp(logprobs - sampler_logprobs)``, of each token or (``sequence_*``) of the product over the masked
-    tokens of a row, is cut to ``importance_sampling_clip_max`` (``*_truncate``) or, above it, set to 0 (``*_mask``).
+    tokens of a row, is cut to ``SAMPLER_CAP`` (``*_truncate``) or, above it, set to 0 (``*_mask``).
 
     Args:
         logprobs: of the weights that sampled, computed by the policy, ``[B, T]``.
         sampler_logprobs: as the sampler reported them, ``[B, T]``; ``nan`` where it did not: that token's ratio is 1.
         mask: bool ``[B, T]``, the tokens that learn.
-        options: ``importance_sampling_mode``, ``importance_sampling_clip_max``.
+        options: ``importance_sampling_mode``.
 
     Returns:
         ``[B, T]`` without gradient; all 1 with mode ``none``.
     """
-    mode, cap = options.importance_sampling_mode, options.importance_sampling_clip_max
+    mode = options.importance_sampling_mode
     if mode == "none":
         return torch.ones_like(logprobs)
     log_ratio = (logprobs - sampler_logprobs).nan_to_num(nan=0.0).masked_fill(~mask, 0.0)
     if mode.startswith("sequence"):
         log_ratio = log_ratio.sum(dim=1, keepdim=True).expand_as(mask)
     ratio = torch.exp(log_ratio)
-    return ratio.clamp(max=cap) if mode.endswith("truncate") else ratio.masked_fill(ratio > cap, 0.0)
+    return ratio.clamp(max=SAMPLER_CAP) if mode.endswith("truncate") else ratio.masked_fill(ratio > SAMPLER_CAP, 0.0)
 
 
 class Totals(NamedTuple):
@@ -141,8 +140,7 @@ def reduce_loss(values: Tensor, weights: Tensor, counts: Tensor, totals: Totals,
     """One part's share of the step's loss, a scalar; the shares of all parts of a step add up to it.
 
     ``grpo``, ``gspo``: mean over each sequence, then over sequences. ``dr_grpo``: sum over sequences times
-    ``max_completion_length``. The others: mean over the tokens of the step; TRL's ``bnpo`` takes the mean over each
-    micro-batch instead, but ours are cut by memory, so that here ``bnpo`` is ``dapo``. T-SPMO has one normaliser of
+    ``max_completion_length``. The others: mean over the tokens of the step. T-SPMO has one normaliser of
     its own for every ``loss_type``: the sum of all pair weights, which is ``totals.tokens``.
 
     Args:

@@ -6,36 +6,27 @@ import errno
 import io
 import select
 import sys
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
+from importlib import import_module
+from typing import cast
 
 from cyclopts import App, CycloptsError
 
 from igrpo_lite import __version__
-from igrpo_lite.cli import (
-    check,
-    compare,
-    data,
-    doctor,
-    evaluate,
-    export,
-    gpus,
-    models,
-    plan,
-    recipes,
-    scan,
-    show_prompt,
-    train,
-    verify,
-)
-from igrpo_lite.cli.flags import complaints
+from igrpo_lite.cli.flags import complaints, shortened
 from igrpo_lite.errors import UserError
 
 INTERRUPTED = 130
 MISTAKE = 2
 
 
-def build() -> App:
-    """The command line as a cyclopts application."""
+_SETTINGS = ("train", "eval", "compare", "check", "scan", "show-prompt", "plan")
+"""Verbs whose flags are settings, more than fit a screen."""
+
+
+def build(helped: str | None = None) -> App:
+    """The command line as a cyclopts application. ``helped``: just this verb, for a help with the settings that matter
+    most."""
     app = App(
         name="igrpo-lite",
         help="Train a language model with iGRPO or GRPO and LoRA, on one GPU or on a CPU.",
@@ -44,14 +35,15 @@ def build() -> App:
         version_flags="--version",
         help_format="plaintext",
     )
-    app.command(train.verb(), name="train", help_epilogue="")
-    app.command(evaluate.verb(), name="eval", help_epilogue="")
+    if helped is not None:
+        more = f"All settings: igrpo-lite {helped} --help-all"
+        app.command(shortened(_verb(helped)), name=helped, help_epilogue=more)
+        return app
+    from igrpo_lite.cli import data, doctor, export, gpus, models, recipes, verify
+
+    for name in _SETTINGS:
+        app.command(_verb(name), name=name, help_epilogue="")
     app.command(export.export, name="export", help_epilogue="")
-    app.command(compare.verb(), name="compare", help_epilogue="")
-    app.command(check.verb(), name="check", help_epilogue="")
-    app.command(scan.verb(), name="scan", help_epilogue="")
-    app.command(show_prompt.verb(), name="show-prompt", help_epilogue="")
-    app.command(plan.verb(), name="plan", help_epilogue="")
     app.command(models.models, name="models", help_epilogue="")
     app.command(gpus.gpus, name="gpus", help_epilogue="")
     app.command(recipes.app())
@@ -61,10 +53,18 @@ def build() -> App:
     return app
 
 
+def _verb(name: str) -> Callable[..., int | None]:
+    """A verb with its flags; the modules of the others are not imported, so that help comes at once."""
+    module = import_module(f"igrpo_lite.cli.{'evaluate' if name == 'eval' else name.replace('-', '_')}")
+    return cast("Callable[..., int | None]", module.verb())
+
+
 def run(tokens: Sequence[str] | None = None) -> int:
     """Interpret the command line and do what it says; returns the exit code."""
     words = [_dashed(word) for word in (sys.argv[1:] if tokens is None else tokens)]
-    app = build()
+    asks = bool(words) and words[0] in _SETTINGS and not {"--help", "-h"}.isdisjoint(words)
+    app = build(words[0] if asks else None)
+    words = ["--help" if word == "--help-all" else word for word in words]
     try:
         command, bound, unused, _ = app.parse_known_args(words)
         if unused:

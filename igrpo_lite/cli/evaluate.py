@@ -28,8 +28,6 @@ _OTHERS = (
     "max_num_seqs",
     "sampler",
     "kv_cache_gib",
-    "share_weights",
-    "math_verify",
     "seed",
     "progress",
 )

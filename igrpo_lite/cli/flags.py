@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import inspect
 from collections.abc import Callable, Iterable, Mapping, Sequence
-from typing import Annotated, Any
+from typing import Annotated, Any, get_args
 
 from cyclopts import App, Group, Parameter, Token
 
@@ -24,6 +24,41 @@ FIRST = ("model", "data", "algorithm", "tokens")
 
 _MAIN = Group("Main settings", sort_key=0)
 COMMAND = Group("This command", sort_key=1)
+
+SHORT: dict[str, dict[str, str]] = {
+    "Main settings": {
+        "model": "tiny (bundled), a folder or a hub id",
+        "data": "Public or synthetic set, or a file",
+        "algorithm": "grpo, igrpo or igrpo-joint",
+        "tokens": "That learn: all, s-grpo, t-spmo, entropy",
+        "reward_funcs": "Or judge, or file.py:function",
+        "answer_style": "Final answer asked for: boxed or tags",
+        "eval_data": "Held-out problems; unset: found or split off",
+        "load_in_4bit": "QLoRA: a third of the memory, slower",
+        "lora_r": "Rank of the LoRA adapter",
+    },
+    "One step": {
+        "prompts_per_step": "Problems per optimizer step",
+        "num_generations": "Rollouts per problem",
+        "temperature": "Of sampling",
+        "max_completion_length": "Tokens of an answer",
+        "max_num_seqs": "Sequences decoded at a time",
+        "loss_type": "grpo, dr_grpo, dapo, gspo, cispo",
+        "learning_rate": "Peak of the learning rate",
+        "update_tokens": "At once in the update: the memory dial",
+        "gradient_checkpointing": "Less memory, slower",
+    },
+    "Run": {
+        "output_dir": "Run folder; unset: runs/<model>-<data>-...",
+        "fresh": "Start over; the old folder is kept",
+        "seed": "Fixes every sampled token",
+        "max_steps": "Optimizer steps",
+        "max_minutes": "Stop then; the same command goes on",
+        "eval_steps": "Steps between evaluations",
+        "report_to": "wandb, tensorboard, trackio",
+    },
+}
+"""The settings that ``--help`` shows, by group, each in a line of 80 columns; ``--help-all`` shows all."""
 
 UNTRAINED: dict[str, Any] = {"reward_funcs": ["accuracy"], "reward_weights": None, "report_to": []}
 """What verbs that do not train put over a recipe: its rewards and trackers need not be there for them."""
@@ -46,6 +81,20 @@ def settings_flags(verb: Callable[..., int | None], names: Iterable[str] = FIELD
     command.__doc__ = verb.__doc__
     command.__signature__ = signature.replace(parameters=[*own, *flags])  # type: ignore[attr-defined]
     command.__annotations__ = {parameter.name: parameter.annotation for parameter in [*own, *flags]}
+    return command
+
+
+def shortened(command: Callable[..., int | None]) -> Callable[..., int | None]:
+    """The verb with a help that shows the settings of :data:`SHORT` only, in its words."""
+    signature = inspect.signature(command)
+    found = dict(signature.parameters)
+    for name in found.keys() & FIELDS.keys():
+        kind, parameter = get_args(found[name].annotation)
+        found[name] = found[name].replace(annotation=Annotated[kind, Parameter.combine(parameter, _brief(name))])
+    lines = [name for lines in SHORT.values() for name in lines if name in found]
+    ordered = [name for name in found if name not in lines] + lines
+    command.__signature__ = signature.replace(parameters=[found[name] for name in ordered])  # type: ignore[attr-defined]
+    command.__annotations__ = {name: found[name].annotation for name in ordered}
     return command
 
 
@@ -99,6 +148,16 @@ def _known(app: App, words: Sequence[str]) -> tuple[str, list[str]]:
         return " ".join(["igrpo-lite", *path]), []
     arguments = apps[-1].assemble_argument_collection()
     return " ".join(["igrpo-lite", *path]), [name for argument in arguments for name in argument.names]
+
+
+def _brief(name: str) -> Parameter:
+    for place, (title, lines) in enumerate(SHORT.items()):
+        if name in lines:
+            default = default_text(FIELDS[name].default)
+            text = lines[name] if default == "unset" else f"{lines[name]} [{default}]"
+            group = _MAIN if place == 0 else Group(title, sort_key=2 * place)
+            return Parameter(help=text, group=group, negative=(), show_default=False)
+    return Parameter(show=False)
 
 
 def _flag(name: str) -> inspect.Parameter:

@@ -17,8 +17,8 @@ from igrpo_lite.fields import FIELDS
 from igrpo_lite.settings import preflight
 
 _OTHERS = (
-    *("temperature", "max_completion_length", "max_num_seqs", "sampler", "kv_cache_gib", "share_weights"),
-    *("math_verify", "seed", "progress"),
+    *("temperature", "max_completion_length", "max_num_seqs", "sampler", "kv_cache_gib"),
+    *("seed", "progress"),
 )
 
 

@@ -122,7 +122,7 @@ class _Process:
 def _environment(config: RunConfig) -> dict[str, str]:
     """On a CPU one thread each, where the user has not said otherwise: small models are no faster with more."""
     on_cpu = not config.device.startswith(("cuda", "mps"))
-    return ({"OMP_NUM_THREADS": "1"} if on_cpu and config.torch_threads is None else {}) | os.environ
+    return ({"OMP_NUM_THREADS": "1"} if on_cpu else {}) | os.environ
 
 
 def _reason(log: Path, code: int) -> str:

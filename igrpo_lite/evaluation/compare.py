@@ -86,7 +86,7 @@ def compare(
         progress = partial(on_progress, name)
         return evaluate(bench.held_out, bench.sampler, bench.prompts, limit, checker, sampling, progress)
 
-    with Workbench(config) as bench, AnswerChecker(config.math_verify) as checker:
+    with Workbench(config) as bench, AnswerChecker() as checker:
         _fit(bench, shots)
         bench.notes = _data_notes(bench)
         bench.load(adapter)

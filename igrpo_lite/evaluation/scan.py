@@ -21,7 +21,7 @@ from igrpo_lite.workbench import Workbench
 
 _DECIDING = (
     *("model", "revision", "load_in_4bit", "seed", "temperature", "max_completion_length"),
-    *("answer_style", "system_prompt", "math_verify"),
+    *("answer_style", "system_prompt"),
 )
 _BATCHES = 4  # batches of the engine between two writes
 

@@ -161,8 +161,7 @@ def phases(setup: Setup) -> tuple[Phase, ...]:
     unpacked = _unpacked(setup.shape, setup.item, setup.four_bit)
     engine = _engine(setup) if setup.vllm else {}
     working = engine.pop("working memory") if setup.vllm else _sampling(setup) + unpacked
-    own = weights if setup.vllm and not setup.config.share_weights else 0
-    asleep = {"KV cache": kv} if setup.vllm and not (setup.releases_kv or own) else {}
+    asleep = {"KV cache": kv} if setup.vllm and not setup.releases_kv else {}
     found = activations(
         setup.shape,
         setup.adapter,
@@ -174,8 +173,8 @@ def phases(setup: Setup) -> tuple[Phase, ...]:
     block = max(found.blocks, found.head - found.tile)
     loading, loaded = (working, kv) if setup.vllm else (unpacked, 0)
     return (
-        _phase("load", weights + own, 4 * adapter, {**engine, "KV cache": loaded}, loading),
-        _phase("rollout", weights + own, 12 * adapter, {**engine, "KV cache": kv}, working),
+        _phase("load", weights, 4 * adapter, {**engine, "KV cache": loaded}, loading),
+        _phase("rollout", weights, 12 * adapter, {**engine, "KV cache": kv}, working),
         _phase(
             "update",
             weights,

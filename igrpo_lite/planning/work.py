@@ -7,7 +7,7 @@ from collections import Counter
 from dataclasses import dataclass, replace
 
 from igrpo_lite.config import RunConfig
-from igrpo_lite.defaults import SGRPO_PRESETS
+from igrpo_lite.defaults import ENTROPY_SHARE, SGRPO_PRESETS
 
 STAGE2_WORDS = 64
 """Tokens that stage 2 puts around a draft: its template, and turns of the chat template."""
@@ -164,7 +164,7 @@ def _chosen(config: RunConfig, completion: int, size: int) -> tuple[int, int]:
     if config.tokens == "t-spmo":
         return min(PARTING, completion), max(1, 2 * (size - 1) // size)
     if config.tokens == "entropy":
-        return completion, math.ceil(completion * config.top_entropy_quantile)
+        return completion, math.ceil(completion * ENTROPY_SHARE)
     return completion, completion
 
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
@@ -76,7 +77,7 @@ def load_policy(options: ModelOptions, seed: int, adapter: Path | None = None, c
     _refuse_unsupported(config, options.model, dtype)
     loaded = choice.backend().load(LoadRequest(options, config, device, dtype, seed, adapter, context))
     model = loaded.model.get_base_model()
-    _set_threads(options, model)
+    _set_threads(model)
     notes = ((choice.why,) if choice.why else ()) + loaded.notes
     return Policy(loaded.model, tokenizer, device, stop_ids(model, tokenizer), choice.name, loaded.engine, notes)
 
@@ -250,12 +251,10 @@ def without_dropout(model: nn.Module) -> None:
             module.attention_dropout = 0.0  # type: ignore[assignment]
 
 
-def _set_threads(options: ModelOptions, model: nn.Module) -> None:
-    threads = options.torch_threads
-    if threads is None and sum(p.numel() for p in model.parameters()) < _SMALL_MODEL:
-        threads = 1  # with more, waiting for each other costs more than the arithmetic of so small a model
-    if threads is not None:
-        torch.set_num_threads(threads)
+def _set_threads(model: nn.Module) -> None:
+    """One thread for a small model: with more, waiting for each other costs more than its arithmetic."""
+    if "OMP_NUM_THREADS" not in os.environ and sum(p.numel() for p in model.parameters()) < _SMALL_MODEL:
+        torch.set_num_threads(1)
 
 
 def first_line(error: BaseException) -> str:

@@ -62,10 +62,10 @@ def opens_thinking(prompt: str) -> bool:
     return prompt[-40:].rstrip().endswith("<think>")
 
 
-def soft_overlong(length: int, limit: int, buffer: int | None = None) -> float:
-    """0 up to ``limit - buffer`` tokens, from there falling linearly to -1 at ``limit`` (DAPO, arXiv 2503.14476,
-    equation 13). ``buffer``: a fifth of the limit where unset, as in the paper."""
-    buffer = buffer or max(1, limit // 5)
+def soft_overlong(length: int, limit: int) -> float:
+    """0 up to a fifth before ``limit`` tokens, from there falling linearly to -1 at ``limit`` (DAPO, arXiv 2503.14476,
+    equation 13, with the paper's share)."""
+    buffer = max(1, limit // 5)
     over = length - (limit - buffer)
     return max(-1.0, -over / buffer) if over > 0 else 0.0
 

@@ -20,6 +20,9 @@ from igrpo_lite.config import RewardOptions
 from igrpo_lite.errors import RewardError
 from igrpo_lite.rewards.calls import Calls
 
+KEY = "OPENAI_API_KEY"
+"""Environment variable that holds the endpoint's key; it may be unset for local servers."""
+
 RETRIES = 3
 """Further tries of a failed call."""
 
@@ -65,12 +68,11 @@ class Endpoint:
 
     def __init__(self, options: RewardOptions) -> None:
         self.url = (options.judge_url or "").rstrip("/")
-        self._key_name = options.judge_api_key_env
-        self._key = os.environ.get(self._key_name, "").strip()
+        self._key = os.environ.get(KEY, "").strip()
         if not (self._key.isascii() and self._key.isprintable()):  # httpx would print all of it in its error
-            raise RewardError(f"reward judge: the key in {self._key_name} has characters that no key has")
+            raise RewardError(f"reward judge: the key in {KEY} has characters that no key has")
         self._model = options.judge_model
-        self._timeout = options.judge_timeout
+        self._timeout = options.reward_timeout
         self._budget = options.judge_token_budget
         self._settings: dict[str, Any] = {"temperature": 0, "max_tokens": options.judge_max_tokens}
         self._random = random.Random()  # not the global one, whose state belongs to the run
@@ -187,7 +189,7 @@ class Endpoint:
         if status in _FATAL or error.get("code") == "insufficient_quota":
             advice = "fix that, then the same command goes on"
             if status in (401, 403):
-                problem = f"the key in {self._key_name} was refused" if self._key else f"{self._key_name} is not set"
+                problem = f"the key in {KEY} was refused" if self._key else f"{KEY} is not set"
                 advice = f"{problem}: put the endpoint's key into that environment variable"
             elif status == 404:
                 advice = await self._missing()

@@ -39,10 +39,6 @@ def reward_findings(options: RunConfig) -> list[str]:
     if weights is not None and not any(weights):
         findings.append("reward_weights: all are 0, so every completion earns the same; give at least one a weight")
     findings += _judge_findings(options) if "judge" in options.reward_funcs else []
-    if "soft_overlong" in options.reward_funcs and options.overlong_buffer is not None:
-        buffer, limit = options.overlong_buffer, options.max_completion_length
-        if buffer > limit:
-            findings.append(f"overlong_buffer: must be at most max_completion_length {limit}, not {buffer}")
     return findings + [
         f"{name}: belongs to the reward {reward}, which reward_funcs does not name; add it there or leave {name} out"
         for reward, prefix in REWARD_SETTINGS.items()
@@ -99,7 +95,7 @@ def _url_findings(url: str) -> list[str]:
     if parts.scheme not in ("http", "https") or not parts.hostname:
         return [f"judge_url: must be like http://localhost:8000/v1, not {url!r}"]
     if parts.username or parts.password:
-        return ["judge_url: must not hold a key; put it into the environment variable that judge_api_key_env names"]
+        return ["judge_url: must not hold a key; put it into the environment variable OPENAI_API_KEY"]
     if parts.query or parts.fragment or parts.path.rstrip("/").endswith("/chat/completions"):
         return [f"judge_url: give it up to the version, like {parts.scheme}://{parts.netloc}/v1, not {url!r}"]
     return []

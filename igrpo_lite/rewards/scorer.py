@@ -91,7 +91,7 @@ class Scorer:
             if spec == "judge" or spec not in BUILTIN
         }
         self.asks_policy = asks_policy(config)
-        self.checker = AnswerChecker(config.math_verify)
+        self.checker = AnswerChecker()
         self._worker = Worker()
         self._judge = Judge(config)
         self._metrics: dict[str, list[float]] = {}
@@ -205,8 +205,7 @@ class Scorer:
             opened = opens_thinking(batch.prompt.text)
             return [format_reward(item.text, item.truncated, self._style, opened) for item in completions]
         if spec == "soft_overlong":
-            limit, buffer = config.max_completion_length, config.overlong_buffer
-            return [soft_overlong(len(item.ids), limit, buffer) for item in completions]
+            return [soft_overlong(len(item.ids), config.max_completion_length) for item in completions]
         if spec == "cosine":
             limit = config.max_completion_length
             return [
@@ -272,7 +271,7 @@ class Scorer:
                 f"reward {spec} failed on the first row: {_described(error)}{'; fix it' if users else ''}"
             )
         if calls.made >= MIN_CALLS and calls.failed > MAX_FAILED_SHARE * calls.made:
-            limit = self._config.reward_timeout if users else self._config.judge_timeout
+            limit = self._config.reward_timeout
             slow = f" ({calls.timed_out} of them took longer than {limit:g} s)" if calls.timed_out else ""
             advice = "fix it, or return None where it has no opinion" if users else "check its endpoint"
             if self.asks_policy and not users:

@@ -26,8 +26,7 @@ class Request:
         temperature: 0 decodes greedily.
         tag: the caller's own label, handed back untouched.
         top_p: sample from the likeliest tokens of at least this total probability only.
-        min_p: sample only tokens of at least this share of the likeliest one's probability. With both, ``min_p`` comes
-            first, and ``top_p`` is of what it leaves. Greedy decoding takes no notice of either.
+            Greedy decoding takes no notice of it.
     """
 
     prompt: Prompt
@@ -36,7 +35,6 @@ class Request:
     temperature: float = 1.0
     tag: object = None
     top_p: float = 1.0
-    min_p: float = 0.0
 
 
 OnFinished = Callable[[Request, Completion], Iterable[Request]]
@@ -50,7 +48,7 @@ class Sampler(Protocol):
     """Samples completions from the policy: pure temperature sampling, unless a request cuts the distribution off.
 
     Log-probabilities are those of the distribution sampled from, so after temperature and renormalised over the tokens
-    that ``top_p`` and ``min_p`` leave.
+    that ``top_p`` leaves.
 
     Attributes:
         decode_steps, sampled_tokens, prefill_tokens, cached_tokens: counted since it was made: steps of the running
@@ -80,10 +78,6 @@ class Sampler(Protocol):
         """Take it again; call before :meth:`run`, and before :meth:`load_adapter`."""
         ...
 
-    def rebuild(self) -> None:
-        """Make the engine anew, with the policy's current adapter; nothing may be running."""
-        ...
-
     def close(self) -> None:
         """Free everything; the sampler is of no use afterwards."""
         ...
@@ -97,9 +91,6 @@ class HoldsNothing:
 
     def wake(self) -> None:
         """Nothing to take again."""
-
-    def rebuild(self) -> None:
-        """Nothing to make anew."""
 
     def close(self) -> None:
         """Nothing to free."""

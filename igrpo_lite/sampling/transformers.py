@@ -235,11 +235,11 @@ class _Rows:
         self.count[rows] += 1
 
     def _cut_off(self, logprobs: Tensor, requests: Sequence[Request]) -> None:
-        """Apply ``top_p`` and ``min_p`` to the rows ``[rows, V]`` that ask for them; the others keep every bit."""
-        cut = [row for row, r in enumerate(requests) if (r.top_p < 1 or r.min_p > 0) and r.temperature > 0]
+        """Apply ``top_p`` to the rows ``[rows, V]`` that ask for it; the others keep every bit."""
+        cut = [row for row, r in enumerate(requests) if r.top_p < 1 and r.temperature > 0]
         if cut:
-            limits = torch.tensor([(requests[row].top_p, requests[row].min_p) for row in cut], device=self.device)
-            logprobs[cut] = cut_off(logprobs[cut], limits[:, :1], limits[:, 1:])
+            top_p = torch.tensor([[requests[row].top_p] for row in cut], device=self.device)
+            logprobs[cut] = cut_off(logprobs[cut], top_p)
 
     def remove(self, moves: Sequence[tuple[int, int]], live: int) -> None:
         if moves:
@@ -263,18 +263,16 @@ def _invert(probabilities: Tensor, uniforms: Tensor) -> Tensor:
     return token
 
 
-def cut_off(logprobs: Tensor, top_p: Tensor, min_p: Tensor) -> Tensor:
+def cut_off(logprobs: Tensor, top_p: Tensor) -> Tensor:
     """Renormalised log-probabilities ``[rows, V]`` of the tokens that are kept, the others at minus infinity.
 
-    ``min_p`` first, then the likeliest of the rest up to a total of ``top_p`` (both ``[rows, 1]``), the token that
-    passes it included; so at least one is kept. Equal tokens count in the order of their ids.
+    Kept are the likeliest up to a total of ``top_p [rows, 1]``, the token that passes it included; so at least one.
+    Equal tokens count in the order of their ids.
     """
-    least = logprobs.amax(dim=-1, keepdim=True) + min_p.log()
-    kept = torch.log_softmax(logprobs.masked_fill(logprobs < least, -torch.inf), dim=-1)
-    ordered, order = kept.sort(dim=-1, descending=True, stable=True)
+    ordered, order = logprobs.sort(dim=-1, descending=True, stable=True)
     before = ordered.exp().cumsum(dim=-1) - ordered.exp()
     outside = torch.zeros_like(before, dtype=torch.bool).scatter(-1, order, (before >= top_p) & (top_p < 1))
-    return torch.log_softmax(kept.masked_fill(outside, -torch.inf), dim=-1)
+    return torch.log_softmax(logprobs.masked_fill(outside, -torch.inf), dim=-1)
 
 
 def _moves(ended: Sequence[int], live: int) -> list[tuple[int, int]]:

@@ -328,8 +328,6 @@ def make_vllm_sampler(policy: Policy, prompts: PromptBuilder, config: RunConfig,
         SamplerError: as :class:`VllmSampler`; or a temperature that vLLM does not sample at.
     """
     _check_temperature(config.temperature, "--temperature ")
-    if config.draft_temperature is not None:
-        _check_temperature(config.draft_temperature, "--draft-temperature ")
     return VllmSampler(
         policy,
         prompts,
@@ -337,7 +335,6 @@ def make_vllm_sampler(policy: Policy, prompts: PromptBuilder, config: RunConfig,
         max_model_len,
         max_num_seqs=config.max_num_seqs,
         kv_cache_bytes=None if config.kv_cache_gib is None else int(config.kv_cache_gib * 2**30),
-        share_base=config.share_weights,
     )
 
 
@@ -393,7 +390,6 @@ class _Run:
                 temperature=request.temperature,
                 top_p=request.top_p,
                 top_k=0,
-                min_p=request.min_p,
                 seed=request.seed,
                 max_tokens=request.max_tokens,
                 # Ours and no others: vLLM would add those of the generation config.

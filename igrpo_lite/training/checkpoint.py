@@ -25,6 +25,9 @@ from safetensors.torch import load_file, save_file
 from igrpo_lite.errors import RunFolderError
 from igrpo_lite.policy.loading import Policy
 
+KEPT = 2
+"""Checkpoints that a run keeps, the newest ones."""
+
 _MANIFEST = "manifest.json"
 _DISK = (OSError, RuntimeError, SafetensorError)
 """What a full disk raises: safetensors and torch.save wrap the error of the operating system each in their own."""
@@ -47,7 +50,7 @@ class Checkpoints:
         keep: how many of the newest are kept.
     """
 
-    def __init__(self, folder: Path, keep: int) -> None:
+    def __init__(self, folder: Path, keep: int = KEPT) -> None:
         self.folder = folder
         self.keep = keep
 

@@ -390,8 +390,7 @@ class Health:
                 f"{name} has grown from {found.first:,.0f} MiB at step {found.since} to {found.last:,.0f} MiB. Stopped "
                 "with Ctrl-C and started again, the run goes on from here with fresh memory"
             )
-            vllm = "" if self._config.sampler == "transformers" else "; for vLLM, --rebuild-steps does it on the way"
-            yield Finding(f"memory:{kind}", "warning", f"{text}{vllm}.")
+            yield Finding(f"memory:{kind}", "warning", f"{text}.")
 
     def _called(self, stage: str) -> str:
         return "completions" if len(self._groups) == 1 else {"stage1": "drafts", "stage2": "refinements"}[stage]

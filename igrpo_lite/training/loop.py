@@ -43,7 +43,7 @@ class Trainer:
         self.screen = screen
         self.journal = Journal(config, parts, folder, screen, trackers)
         self.update = PolicyUpdate(parts.policy, config)
-        self.checkpoints = Checkpoints(folder.checkpoints, config.save_total_limit)
+        self.checkpoints = Checkpoints(folder.checkpoints)
         dtype = str(parts.policy.model.get_base_model().dtype).removeprefix("torch.")
         self.progress = Progress(fingerprint=parts.fingerprint(), base=base_fingerprint(parts.policy), dtype=dtype)
         self.collector = RolloutCollector(
@@ -115,12 +115,10 @@ class Trainer:
         return with_signal(rollouts, others, self.config, lambda more, slot: self.collector.collect(more, step, slot))
 
     def _maintain_sampler(self) -> None:
-        """What long runs need of their sampler every so many steps: a new engine, a new proof of parity."""
+        """What long runs need of their sampler every so many steps: a new proof of parity."""
         step, config = self.progress.step, self.config
         if step >= config.max_steps:
             return
-        if config.rebuild_steps and step % config.rebuild_steps == 0:
-            self.parts.sampler.rebuild()
         if config.parity_steps and step % config.parity_steps == 0:
             self._check_parity()
 
@@ -130,9 +128,8 @@ class Trainer:
             return
         started = time.perf_counter()
         config, prompts = self.config, [self.parts.prompts.first(problem.question) for problem in self.parts.train[:4]]
-        temperatures = sorted({config.stage_temperature(stage) for stage in ("stage1", "stage2")})
         limit = min(MAX_TOKENS, config.max_completion_length)
-        parity = probe(self.parts.policy, self.parts.sampler, prompts, temperatures, limit)
+        parity = probe(self.parts.policy, self.parts.sampler, prompts, [config.temperature], limit)
         times = self.progress.clock(parity=time.perf_counter() - started)
         self.journal.metrics.append({"kind": "parity", "step": self.progress.step} | parity.record() | {"time": times})
         self.journal.fatal = self.journal.fatal or parity.failure()

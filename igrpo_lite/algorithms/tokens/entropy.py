@@ -4,7 +4,7 @@
     T_j = {t : H_jt >= tau},    A_jt = A_j,    w_jt = 1,    counted |o_j| in the normaliser
 
 The candidates are the tokens of completions that have an advantage. As in TRL, a completion with few uncertain tokens
-learns little: it is divided by all its tokens. ``rho`` is ``top_entropy_quantile``, 0.2 (the paper's).
+learns little: it is divided by all its tokens. ``rho`` is 0.2 (the paper's).
 """
 
 from __future__ import annotations
@@ -18,6 +18,7 @@ from torch import Tensor
 from igrpo_lite.algorithms.tokens.all import AllTokens
 from igrpo_lite.algorithms.tokens.base import Learning, LearningSequence, Measure
 from igrpo_lite.config import RunConfig
+from igrpo_lite.defaults import ENTROPY_SHARE
 
 _QUANTILE_LIMIT = 2**24  # torch.quantile takes no more elements
 
@@ -31,7 +32,7 @@ def entropy_threshold(entropies: Tensor, quantile: float) -> float:
 
     Args:
         entropies: ``[N]``, finite, in nats, of all candidate tokens of the step, any number of them.
-        quantile: share of the tokens that learn, in (0, 1]: ``top_entropy_quantile``. 1 keeps all.
+        quantile: share of the tokens that learn, in (0, 1]; 1 keeps all.
 
     Returns:
         Infinity if there are no tokens.
@@ -66,7 +67,7 @@ class UncertainTokens(AllTokens):
     ) -> list[LearningSequence]:
         rows = [found.entropies for found in measure(sequences)]
         every = torch.tensor([entropy for row in rows for entropy in row])
-        threshold = entropy_threshold(every, config.top_entropy_quantile)
+        threshold = entropy_threshold(every, ENTROPY_SHARE)
         return [
             sequence.with_learning(uncertain_tokens(row, threshold, sequence.learning))
             for sequence, row in zip(sequences, rows, strict=True)

@@ -35,7 +35,7 @@ from igrpo_lite.algorithms.groups import Groups, Place
 from igrpo_lite.algorithms.plans import Barrier, Plan
 from igrpo_lite.algorithms.replay import Replay, choose_restarts, replay
 from igrpo_lite.algorithms.tokens.base import Learning, Tokens
-from igrpo_lite.config import RunConfig, UpdateOptions
+from igrpo_lite.config import RunConfig
 from igrpo_lite.types import Group
 
 _NOISE = 2.0**-21
@@ -70,15 +70,12 @@ class _Node:
     children: list[range]
 
 
-def transitions(
-    completions: Sequence[Sequence[int]], rewards: Sequence[float], options: UpdateOptions, start: int = 0
-) -> list[Transition]:
+def transitions(completions: Sequence[Sequence[int]], rewards: Sequence[float], start: int = 0) -> list[Transition]:
     """All transitions of a group that learn, ordered by row and index.
 
     Args:
         completions: token ids of the completions of one prompt.
         rewards: one per completion; ``nan`` marks one that no reward scored, which is left out altogether.
-        options: ``tspmo_min_visits``.
         start: leading tokens that all completions have in common because they were given, not sampled (T-SPMO's
             replay): the trie is rooted behind them and nothing above learns.
 
@@ -94,7 +91,7 @@ def transitions(
         raise ValueError(f"completions that are replayed from token {start} must share the tokens before it")
     noise = _NOISE * max(map(abs, sorted_rewards), default=0.0)
     found = []
-    for node in _branchings(ids, common, options.tspmo_min_visits):
+    for node in _branchings(ids, common):
         for child in node.children:
             advantage = _mean(sorted_rewards, child) - _mean(sorted_rewards, node.group)
             if abs(advantage) > noise:
@@ -103,16 +100,14 @@ def transitions(
     return sorted(found, key=lambda pair: (pair.row, pair.index))
 
 
-def prefix_matching(
-    completions: Sequence[Sequence[int]], rewards: Sequence[float], options: UpdateOptions, start: int = 0
-) -> list[Learning]:
+def prefix_matching(completions: Sequence[Sequence[int]], rewards: Sequence[float], start: int = 0) -> list[Learning]:
     """The same as :func:`transitions`, as what each completion contributes to the loss, one per completion.
 
     A pair that several completions share is in the first of them only. The counts add up to the normaliser of the
     objective; they are 0 for completions without a pair of their own and for those no reward scored.
     """
     owned: list[list[Transition]] = [[] for _ in completions]
-    for pair in transitions(completions, rewards, options, start):
+    for pair in transitions(completions, rewards, start):
         owned[pair.row].append(pair)
     return [
         Learning(
@@ -125,13 +120,13 @@ def prefix_matching(
     ]
 
 
-def _branchings(ids: Sequence[tuple[int, ...]], common: Sequence[int], min_visits: int) -> Iterator[_Node]:
-    """The branching nodes with enough visits. In sorted order the completions of a prefix stand together, and they part
+def _branchings(ids: Sequence[tuple[int, ...]], common: Sequence[int]) -> Iterator[_Node]:
+    """The branching nodes. In sorted order the completions of a prefix stand together, and they part
     where neighbours have the least in common, so no node is made for the tokens between."""
     pending = [range(len(ids))]
     while pending:
         group = pending.pop()
-        if len(group) < min_visits:
+        if len(group) < 2:
             continue
         first, stop = group.start, group.stop
         depth = min(common[first : stop - 1])
@@ -180,7 +175,7 @@ class PrefixMatching(Tokens):
         config: RunConfig,
         rng: Callable[[int], random.Random],
     ) -> list[Learning]:
-        return prefix_matching([completion.ids for completion in group.completions], advantages, config, start)
+        return prefix_matching([completion.ids for completion in group.completions], advantages, start)
 
     def replays(self, groups: Groups, p: Place, group: Group) -> Plan[tuple[Replay, ...]]:
         count = groups.config.tspmo_replay
