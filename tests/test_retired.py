@@ -93,7 +93,7 @@ def test_another_run_is_refused_but_evaluated_and_exported(settings, first_step,
     run = old_run(first_step, tmp_path, **settings)
     name = next(iter(settings))
     assert name in RETIRED or settings[name] in RETIRED_VALUES[name]
-    with pytest.raises(RunFolderError, match=f"cannot be used: {name}: .*start over with --fresh"):
+    with pytest.raises(RunFolderError, match=f"cannot be used: {name}: .*, and start over with --fresh"):
         train(resolve(RUN | {"output_dir": str(run), "save_steps": 1}))
     assert main(["eval", str(run)]) == 0, capsys.readouterr().err
     made = tmp_path / "made"

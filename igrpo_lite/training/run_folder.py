@@ -23,7 +23,7 @@ from filelock import FileLock, Timeout
 from igrpo_lite.config import RunConfig
 from igrpo_lite.errors import ConfigError, RunFolderError
 from igrpo_lite.problems.sources import short_name
-from igrpo_lite.retired import RETIRED, resumed
+from igrpo_lite.retired import RETIRED, RETIRED_VALUES, resumed
 from igrpo_lite.settings import RESUMABLE, differences, dump, load_file, resolve
 
 
@@ -118,11 +118,15 @@ class RunFolder:
             return
         if not self.has_work():
             return
+        settings: dict[str, Any] = {}
         try:
-            made_with = resolve(resumed(load_file(self.path / "config.yaml")))
+            settings = load_file(self.path / "config.yaml")
+            made_with = resolve(resumed(settings))
         except ConfigError as error:
             problem = error.problems[0]
-            restore = ", and" if problem.partition(":")[0] in RETIRED else "; restore it, or"
+            name = problem.partition(":")[0]
+            gone = name in RETIRED or settings.get(name) in RETIRED_VALUES.get(name, ())
+            restore = ", and" if gone else "; restore it, or"
             raise RunFolderError(
                 f"{self.path}/config.yaml, which says how the run was made, cannot be used: {problem}{restore} start "
                 "over with --fresh (the old run is kept beside it, to evaluate and export)"
