@@ -91,10 +91,10 @@ _INSTEAD = {
 def gone(name: str) -> str:
     """What to do about a retired setting."""
     if name in _INSTEAD:
-        return f"{name}: is no setting any more; {_INSTEAD[name]}"
+        return f"{name}: was removed; {_INSTEAD[name]}"
     left = default_text(RETIRED[name])
-    kept = "" if left == "unset" else f", and only {left} is left of it"
-    return f"{name}: is no setting any more{kept}; leave it out"
+    always = "" if left == "unset" else f"; every run now has {name} {left}"
+    return f"{name}: was removed{always}; leave it out"
 
 
 def retired_findings(given: Mapping[str, Any], config: RunConfig) -> list[str]:

@@ -256,7 +256,7 @@ def test_everything_comes_at_once_and_before_torch(tmp_path: Path) -> None:
         ({"algorithm": "grpo", "num_generations": 1}, "num_generations: must be at least 2"),
         ({"num_generations": 2}, "num_drafts: must leave at least 2 refinements"),
         ({"num_drafts": 0}, "num_drafts: must be a whole number of at least 1"),
-        ({"draft_answer": "hidden"}, "draft_answer: is no setting any more, and only shown is left of it"),
+        ({"draft_answer": "hidden"}, "draft_answer: was removed; every run now has draft_answer shown"),
         ({"stage2_template": "{question}"}, "stage2_template: must contain {draft} exactly once"),
         ({"stage2_template": "none.txt"}, "stage2_template: no such file: none.txt"),
         ({"stage2_template": "bytes.txt"}, "stage2_template: bytes.txt cannot be read as UTF-8 text"),

@@ -122,7 +122,10 @@ def test_all_mistakes_come_at_once_in_one_line_each_without_traceback(tmp_path: 
             ["train", "--agorithm=grpo", "--zzz", "--seed", "x"],
             ["did you mean --algorithm?", "--zzz; see igrpo-lite train --help", "seed: must be a whole number"],
         ),
-        (["train", "--draft-answer", "hidden"], ["draft_answer: is no setting any more, and only shown is left of it"]),
+        (
+            ["train", "--draft-answer", "hidden"],
+            ["draft_answer: was removed; every run now has draft_answer shown; leave it out"],
+        ),
         (["train", "stray"], ["unexpected 'stray'"]),
         (["train", "--max-steps"], ["--max-steps requires an argument"]),
         (["train", "--output-dir", "--fresh"], ["--output-dir requires an argument"]),
