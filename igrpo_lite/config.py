@@ -180,7 +180,7 @@ class RolloutOptions(Section):
     max_num_seqs: PositiveInt = Field(128, description="Sequences decoded at the same time.")
     kv_cache_gib: PositiveFloat | None = Field(
         None,
-        description="Memory for vLLM's keys and values, GiB; unset: what `max_num_seqs` sequences need, if it fits.",
+        description="Memory for vLLM's KV cache, GiB; unset: what `max_num_seqs` sequences need, if it fits.",
     )
     parity_steps: Annotated[int, Field(ge=0)] = Field(
         50,

@@ -169,8 +169,8 @@ BROKEN = {
         ("trained", "other base", (OTHER_MODEL, "other base weights")),
         ("fresh", "temperature", (OTHER_MODEL, "temperature that is not applied")),
         ("trained", "temperature", (OTHER_MODEL, "temperature that is not applied")),
-        ("fresh", "old cache", (NOT_FOLLOWED, "keys and values of older weights")),
-        ("trained", "old cache", (NOT_FOLLOWED, "keys and values of older weights")),
+        ("fresh", "old cache", (NOT_FOLLOWED, "a KV cache of older weights")),
+        ("trained", "old cache", (NOT_FOLLOWED, "a KV cache of older weights")),
         ("trained", "not a number", (OTHER_MODEL, "nan nats")),
     ],
 )

@@ -148,7 +148,7 @@ class Shape:
         return rank * per_block * (self.layers if layers is None else layers)
 
     def kv_bytes(self, itemsize: int = 2) -> int:
-        """Keys and values of one token in all blocks. For sliding windows an upper bound."""
+        """Bytes of one token in the KV cache of all blocks. For sliding windows an upper bound."""
         return 2 * self.layers * self.keys * itemsize
 
 

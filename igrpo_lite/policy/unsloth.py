@@ -258,7 +258,7 @@ def free_memory(request: LoadRequest) -> int:
 
 
 def keys_and_values(request: LoadRequest) -> int:
-    """Bytes for vLLM's keys and values: what was asked for, or a share of what the weights leave free."""
+    """Bytes for vLLM's KV cache: what was asked for, or a share of what the weights leave free."""
     asked = getattr(request.options, "kv_cache_gib", None)
     if asked is not None:
         return int(asked * 2**30)

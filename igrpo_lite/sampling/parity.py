@@ -2,7 +2,7 @@
 
 A few prompts are sampled and the policy scores the same tokens. Then the adapter is moved by a known step, pushed, and
 the same prompts are sampled again: the sampler must have moved as far as the policy has. That shows, without knowing
-the engine, a missing or stale adapter, a wrong scale, keys and values kept from older weights, and a temperature that
+the engine, a missing or stale adapter, a wrong scale, a KV cache kept from older weights, and a temperature that
 was not applied.
 """
 
@@ -66,7 +66,7 @@ class Parity:
             return (
                 f"the sampler did not follow a change of the adapter: the policy moved by {self.moved:.3g} nats a "
                 f"token, and {self.mean_moved:.3g} of them are missing in the sampler: the adapter is not pushed, is "
-                "scaled wrongly, or the engine answers from keys and values of older weights"
+                "scaled wrongly, or the engine answers from a KV cache of older weights"
             )
         return None
 

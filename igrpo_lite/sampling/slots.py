@@ -1,4 +1,4 @@
-"""Keys and values of the sequences being decoded: one slot a sequence, live slots in front.
+"""KV cache of the sequences being decoded: one slot a sequence, live slots in front.
 
 A finished sequence leaves by having a live one from the back moved into its place; a new one is appended. So every
 decode step reads one contiguous block without copying it, whatever the mix of lengths.

@@ -55,7 +55,7 @@ class UnslothSampler(VllmSampler):
 
     def _push(self) -> None:
         model: Any = self.policy.model
-        # A new id each time, under which vLLM knows neither an older adapter nor keys and values of one.
+        # A new id each time, under which vLLM knows neither an older adapter nor a KV cache of one.
         request = model.load_lora(self._folder.name, load_tensors=True)
         # Copies: vLLM scales B in place, and where the engine is in float32 too, that B would be the policy's own.
         request.lora_tensors = {name: tensor.detach().clone() for name, tensor in request.lora_tensors.items()}

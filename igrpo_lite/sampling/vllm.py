@@ -52,7 +52,7 @@ class VllmSampler:
         options: the model that ``policy`` was loaded from.
         max_model_len: tokens of prompt and completion together.
         max_num_seqs: sequences decoded at the same time.
-        kv_cache_bytes: room for keys and values; unset: enough for all sequences at full length, within limits.
+        kv_cache_bytes: of the KV cache; unset: enough for all sequences at full length, within limits.
         share_base: let the policy's frozen weights be the engine's.
 
     Raises:
@@ -119,7 +119,7 @@ class VllmSampler:
     def score(self, rows: Sequence[tuple[Sequence[int], Sequence[int]]]) -> list[tuple[float, ...]]:
         """The engine's log-probability of each completion token after its prompt, at temperature 1.
 
-        vLLM gives those of prompt tokens before temperature only, and computes all keys and values anew for them. So
+        vLLM gives those of prompt tokens before temperature only, and computes them without the KV cache. So
         this finds a missing or stale adapter, but neither a wrong temperature nor a stale prefix cache: these show in
         the log-probabilities of sampled completions.
 
@@ -134,7 +134,7 @@ class VllmSampler:
                 call.abort()
 
     def load_adapter(self) -> None:
-        """Take over the policy's adapter, and drop the keys and values of the one before.
+        """Take over the policy's adapter, and drop the KV cache of the one before.
 
         With the policy's adapter disabled, the base model is sampled from until the next call.
 

@@ -50,12 +50,12 @@ class EngineOptions:
 
     Attributes:
         model: folder or hub id, with ``revision`` of a hub model.
-        dtype: of weights, adapter slots and keys and values.
+        dtype: of weights, adapter slots and KV cache.
         device: the policy's.
         lora_rank: of the adapter; vLLM's next larger one is taken.
         max_model_len: tokens of prompt and completion together.
         max_num_seqs: sequences decoded at the same time.
-        kv_cache_bytes: room for keys and values; unset: see :func:`kv_cache_bytes`.
+        kv_cache_bytes: of the KV cache; unset: see :func:`kv_cache_bytes`.
         weight_bytes: of the model, which the engine is going to load.
         share_base: whether the policy is going to use the engine's weights (on a CPU they are then kept as they are,
             instead of packed for oneDNN).
@@ -78,7 +78,7 @@ class Engine:
 
     Attributes:
         llm: the engine itself; ``None`` once closed.
-        kv_cache_bytes: room for keys and values.
+        kv_cache_bytes: of the KV cache.
         notes: sentences for the user about how it was started.
         around_close: entered once, while its memory is still there, and left when that is free.
     """
@@ -178,7 +178,7 @@ def start(options: EngineOptions, config: Any) -> Engine:
         llm, second = _try(vllm, options, smaller)
         if second is None:
             notes.append(
-                f"vLLM could not have {_size(room)} for keys and values; it runs with {_size(smaller)}, so fewer "
+                f"vLLM could not have {_size(room)} for its KV cache; it runs with {_size(smaller)}, so fewer "
                 "sequences decode at the same time"
             )
             room, error = smaller, None
@@ -186,7 +186,7 @@ def start(options: EngineOptions, config: Any) -> Engine:
         raise SamplerError(_refusal(vllm, options, error, second, _smaller(options, config, room))) from error
     _running = Engine(llm, options, room, notes)
     if options.device.type == "cuda" and _running.sleeps == "no":
-        notes.append(f"vLLM {vllm.__version__} keeps its memory for keys and values ({_size(room)}) during updates")
+        notes.append(f"vLLM {vllm.__version__} keeps its KV cache ({_size(room)}) in memory during updates")
     if vllm_internals.runs_transformers_code(llm):
         _running.close()
         raise SamplerError(
@@ -251,7 +251,7 @@ def lora_rank(rank: int) -> int:
 
 
 def kv_bytes_per_token(config: Any, dtype: torch.dtype) -> int:
-    """Keys and values of one token in all layers, from the model's configuration."""
+    """Bytes of one token in the KV cache of all layers, from the model's configuration."""
     text = config.get_text_config()
     heads = text.num_attention_heads
     size = getattr(text, "head_dim", None) or text.hidden_size // heads
@@ -270,7 +270,7 @@ def kv_cache_bytes(options: EngineOptions, config: Any, released: bool = False) 
     if options.kv_cache_bytes is not None:
         if options.kv_cache_bytes < sequence:
             raise SamplerError(
-                f"{_size(options.kv_cache_bytes)} for keys and values do not hold one sequence of "
+                f"a KV cache of {_size(options.kv_cache_bytes)} does not hold one sequence of "
                 f"{options.max_model_len} tokens, which needs {_size(sequence)}"
             )
         return options.kv_cache_bytes
@@ -367,7 +367,7 @@ def _smaller(options: EngineOptions, config: Any, room: int) -> int:
 def _refusal(
     vllm: ModuleType, options: EngineOptions, error: BaseException, second: BaseException | None, smallest: int
 ) -> str:
-    """Args: second: what came of ``smallest`` room for keys and values, where that was tried."""
+    """Args: second: what came of ``smallest`` room for the KV cache, where that was tried."""
     said = f"vLLM {vllm.__version__} cannot run model {options.model!r}: {first_line(error)}"
     if second is None:
         return f"{said}; the transformers sampler may"
@@ -377,7 +377,7 @@ def _refusal(
             f"--kv-cache-gib {smallest / _GIB:.2f}, or use the transformers sampler"
         )
     return (
-        f"{said}; even with only {_size(smallest)} for keys and values: lower --max-num-seqs (now "
+        f"{said}; even with only {_size(smallest)} for the KV cache: lower --max-num-seqs (now "
         f"{options.max_num_seqs}) to {max(1, options.max_num_seqs // 4)} and --max-completion-length to half, so that "
         f"sequences stay below {options.max_model_len} tokens, or use the transformers sampler; igrpo-lite plan tells "
         "what fits"
