@@ -246,7 +246,7 @@ def _cross_findings(config: RunConfig, bad: set[str]) -> list[str]:
 
 
 def _idle(config: RunConfig) -> list[str]:
-    """Settings of a choice of tokens that was not made: they would change nothing, and nobody would notice."""
+    """Settings of a choice of tokens that was not made: they would silently change nothing."""
     return [
         f"{name}: belongs to tokens {tokens}, but tokens is {config.tokens}; set --tokens {tokens} or leave it out"
         for tokens, prefix in TOKENS.items()

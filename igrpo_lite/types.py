@@ -1,4 +1,4 @@
-"""The few values that travel between the rooms: frozen, without behaviour, without torch."""
+"""Data types shared by all packages: frozen, without behaviour, without torch."""
 
 from __future__ import annotations
 

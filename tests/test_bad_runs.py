@@ -101,8 +101,9 @@ def test_a_reward_that_fails_now_and_then_is_told_at_once(say, tmp_path: Path) -
     )
     code, _, shown = say(reward_funcs="accuracy,own.py:f")
     assert code == 0
-    assert "warning: reward f failed in 1 of 5 calls, whose completions go without it: KeyError: 'x' (" in " ".join(
-        shown.split()
+    assert (
+        "warning: reward f failed in 1 of 5 calls; those completions were scored without it: KeyError: 'x' ("
+        in " ".join(shown.split())
     )
 
 

@@ -108,7 +108,11 @@ def broken(completion):
 @pytest.mark.parametrize(
     ("name", "code", "words"),
     [
-        ("fragile", 0, "warning: reward fragile failed in 3 of 14 calls, whose completions go without it: IndexError"),
+        (
+            "fragile",
+            0,
+            "warning: reward fragile failed in 3 of 14 calls; those completions were scored without it: IndexError",
+        ),
         ("mild", 0, "wrong answer: none (mild abstains)"),
         ("silent", 3, "error: every reward abstains on a right answer"),
         ("broken", 3, "broken failed on the first row: ValueError: oh"),

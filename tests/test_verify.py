@@ -1,4 +1,4 @@
-"""The answer checker: traps that others fall into, the second opinion in its killable processes, hostile texts."""
+"""The answer checker: traps that others fall into, math-verify as fallback in its subprocesses, hostile texts."""
 
 from __future__ import annotations
 
@@ -27,7 +27,7 @@ TESTS = Path(__file__).resolve().parent
 HARD = [json.loads(line) for line in (TESTS / "data" / "hard_pairs.jsonl").read_text(encoding="utf-8").splitlines()]
 TOWER = r"\boxed{9^{9^{9^9}}}"
 ASKED = (r"\boxed{1+x}", "x+1", False)
-"""A pair that only the second opinion can judge, quickly."""
+"""A pair that only the fallback can judge, quickly."""
 
 
 @pytest.fixture(scope="module")

@@ -295,12 +295,12 @@ def test_errors_between_runs_are_the_engines_death(sampler, monkeypatch):
     for name in ("sleep", "wake_up"):
         monkeypatch.setattr(sampler.engine.llm, name, stuck)
     calls = {
-        "gave its memory back": sampler.sleep,
-        "took its memory again": sampler.wake,
+        "released its memory": sampler.sleep,
+        "woke up": sampler.wake,
         "took the adapter": sampler.load_adapter,
     }
     for doing, call in calls.items():
-        sampler.engine.asleep = doing == "took its memory again"
+        sampler.engine.asleep = doing == "woke up"
         sampler._slots = [(layer, a[:1], b) for layer, a, b in slots] if call == sampler.load_adapter else slots
         with pytest.raises(SamplerError, match=f"died while it {doing}: ") as caught:
             call()

@@ -1,7 +1,7 @@
-"""Judges completions: the exact comparison first, and for what that cannot judge a second opinion.
+"""Judges completions: the exact comparison first, and for what that cannot judge math-verify as fallback.
 
-The second opinion (:mod:`igrpo_lite.answers.opinion`) takes milliseconds or forever, so it is asked in worker processes
-with a time limit: one that exceeds it is killed and replaced, which costs its slot and nobody else.
+The fallback (:mod:`igrpo_lite.answers.opinion`) takes milliseconds or forever, so it runs in subprocesses with a
+timeout: a hung check is killed and counted as unequal.
 """
 
 from __future__ import annotations
@@ -34,14 +34,14 @@ Pair = tuple[str, str]
 
 
 class AnswerChecker:
-    """Judges completions against gold answers: exact comparison first, math-verify in killable worker processes for
+    """Judges completions against gold answers: exact comparison first, math-verify in subprocesses with a timeout for
     what that cannot judge.
 
     Processes start with the first question and know nothing of the caller's ``__main__`` (so notebooks are fine); they
     end with :meth:`close` or with the interpreter. Opinions are remembered. Several threads may judge at once.
 
     Args:
-        second_opinion: whether to ask at all. Where math-verify is not installed, nobody is asked.
+        second_opinion: whether to use the fallback. Without math-verify there is none.
         timeout: seconds that one opinion may take.
         workers: processes at most.
     """

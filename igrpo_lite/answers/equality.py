@@ -31,7 +31,7 @@ Opinion: TypeAlias = Callable[[str, str], bool | None]
 """Says of two spellings, the answer's and the gold answer's, whether they are the same; ``None`` if it cannot tell."""
 
 MAX_ASKED = 300
-"""Characters of an expression beyond which nobody is asked about it."""
+"""Characters of an expression beyond which there is no fallback."""
 
 MAX_UNORDERED = 12
 """Values of two lists that are left after equal spellings are taken away; more are not compared."""

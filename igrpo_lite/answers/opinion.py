@@ -1,4 +1,4 @@
-r"""A second opinion on two expressions that are spelled differently: math-verify, confirmed by numbers.
+r"""Fallback for two expressions that are spelled differently: math-verify, confirmed by numbers.
 
 math-verify (https://github.com/huggingface/Math-Verify) rounds to six digits or chops small differences away, takes
 two unsolvable equations for the same one and ``C`` for ``c``. So its "equal" counts only if both expressions, read by

@@ -182,7 +182,7 @@ def _record(run: Run) -> dict[str, Any]:
 
 
 def _command(sides: Sequence[Method], seeds: Sequence[int], settings: Mapping[str, Any]) -> str:
-    """The command line that gives the same; where its files lie is nobody else's concern."""
+    """The command line that gives the same; without where its files lie."""
     which = ",".join(map(str, seeds)) + ("," if len(seeds) == 1 else "")
     words = ["igrpo-lite", "compare", *(method.spec for method in sides), "--seeds", which]
     for name, value in settings.items():

@@ -195,8 +195,8 @@ def _tell_failures(part: Part, scorer: Scorer) -> None:
     for name, calls in scorer.failures.items():
         if calls.failed:
             part.warning(
-                f"reward {name} failed in {calls.failed} of {calls.made} calls, whose completions go without it: "
-                f"{in_short(calls.first)}"
+                f"reward {name} failed in {calls.failed} of {calls.made} calls; those completions were scored "
+                f"without it: {in_short(calls.first)}"
             )
         scorer.failures[name] = Calls(tokens=calls.tokens)  # what a judge has cost stays spent
 

@@ -139,7 +139,7 @@ def _unfit(options: ModelOptions) -> str | None:
     if kind is not None and kind not in FAST:
         return f"it has no fast path for models of type {kind}"
     if find_spec("vllm") is None:
-        return "it pays with vLLM, which is not installed"
+        return "it is only faster together with vLLM, which is not installed"
     if getattr(options, "sampler", "auto") == "transformers":
         return "it samples with vLLM, and --sampler says transformers"
     return None

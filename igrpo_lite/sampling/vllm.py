@@ -157,13 +157,13 @@ class VllmSampler:
             SamplerError: an engine that died, here or in :meth:`wake`.
         """
         self._check_living()
-        with self._fatal("died while it gave its memory back"):
+        with self._fatal("died while it released its memory"):
             self.engine.sleep()
 
     def wake(self) -> None:
         """Undo :meth:`sleep`; the other methods do it themselves."""
         self._check_living()
-        with self._fatal("died while it took its memory again"):
+        with self._fatal("died while it woke up"):
             self.engine.wake()
 
     def rebuild(self) -> None:
@@ -311,7 +311,7 @@ class VllmSampler:
 
     @contextmanager
     def _fatal(self, what: str) -> Iterator[None]:
-        """An error in here is the engine's end: what state vLLM is in then, nobody knows."""
+        """An error in here is the engine's end: vLLM's state is unknown then."""
         try:
             yield
         except BaseException as error:

@@ -187,6 +187,6 @@ class Journal:
             if calls.failed and name not in self._failing:
                 self._failing.add(name)
                 self.warn(
-                    f"reward {name} failed in {calls.failed} of {calls.made} calls, whose completions go without it: "
-                    f"{in_short(calls.first)}"
+                    f"reward {name} failed in {calls.failed} of {calls.made} calls; those completions were scored "
+                    f"without it: {in_short(calls.first)}"
                 )

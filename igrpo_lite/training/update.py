@@ -141,7 +141,7 @@ class PolicyUpdate:
             else:
                 return stats
             self._relieve()
-            if stats.passes:  # what follows of ``num_iterations`` would compare with a policy that is no more
+            if stats.passes:  # the remaining iterations would use stale old log-probabilities
                 stats.finish(stats.passes, self.config.beta)
                 return stats
 
