@@ -62,7 +62,7 @@ def tokens_run(config: RunConfig, policy: Policy, rollouts: Sequence[Rollout]) -
 
 def test_without_advantage_nothing_is_run(parts, collect):
     """A group of equal rewards and, in the others, two completions at the mean."""
-    flat, *rest = collect("grpo")
+    flat, *rest = (dataclasses.replace(rollout, replays=()) for rollout in collect("grpo"))
     rollouts = [with_rewards(flat, "stage1", lambda *_: 0.3)]
     rollouts += [with_rewards(r, "stage1", lambda i, _: (0.5, 0.5, 0.0, 1.0)[i % 4]) for r in rest]
     learn = [
@@ -102,7 +102,8 @@ def test_sgrpo_of_equal_completions_runs_the_prompt_and_tau_minus_one(parts, col
     rollout = with_rewards(collect("grpo")[0], "stage1", lambda i, _: {3: 0.0, 4: 1.0}.get(i))
     completions = list(rollout.stage1.completions)
     completions[3] = completions[4]
-    rollout = dataclasses.replace(rollout, stage1=dataclasses.replace(rollout.stage1, completions=tuple(completions)))
+    stage1 = dataclasses.replace(rollout.stage1, completions=tuple(completions))
+    rollout = dataclasses.replace(rollout, stage1=stage1, replays=())
     config = config_of("grpo", tokens="s-grpo", sgrpo_alpha=3, sgrpo_p=0.5, sgrpo_k=6)
     tau = [1 + max(s.learning.indices) for s in learning_sequences([rollout], config, 0)[3:5]]
     assert tau[0] != tau[1]
