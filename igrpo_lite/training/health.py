@@ -13,7 +13,6 @@ from dataclasses import dataclass
 from statistics import fmean, pvariance
 from typing import Any, Literal, TypeGuard
 
-from igrpo_lite.algorithms.tokens import tokens_of
 from igrpo_lite.config import RunConfig
 from igrpo_lite.training.memory import MemoryTrend
 
@@ -372,6 +371,8 @@ class Health:
         return not comparable and loss - second_loss > 3 * self._error("gap")
 
     def _entropy(self) -> Iterator[Finding]:
+        from igrpo_lite.algorithms.tokens import tokens_of  # imports torch
+
         values = self._values("entropy", 5)
         if len(values) < 3 or tokens_of(self._config).uncertain:
             return
