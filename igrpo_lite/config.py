@@ -234,13 +234,13 @@ class UpdateOptions(Section):
         "or the most uncertain.",
     )
     sgrpo_alpha: Annotated[int, Field(ge=0)] | None = Field(
-        None, description="S-GRPO: leading tokens of a completion that always learn; unset: the preset's."
+        None, description="S-GRPO: leading tokens of a completion that always learn; unset: by `max_completion_length`."
     )
     sgrpo_p: Fraction | None = Field(
-        None, description="S-GRPO: probability that a later token learns; unset: the preset's."
+        None, description="S-GRPO: probability that a later token learns; unset: by `max_completion_length`."
     )
     sgrpo_k: Annotated[int, Field(ge=0)] | None = Field(
-        None, description="S-GRPO: learning tokens per completion at most, 0: any number; unset: the preset's."
+        None, description="S-GRPO: learning tokens per completion at most, 0: any number; unset: by `max_completion_length`."
     )
     tspmo_replay: Annotated[int, Field(ge=0)] = Field(
         0,

@@ -76,6 +76,7 @@ RETIRED_VALUES = {"draft_selection": ("worst", "worst_formatted", "mixed"), "los
 """Values that a setting no longer takes."""
 
 _INSTEAD = {
+    "draft_temperature": "temperature is that of both stages; leave it out",
     "judge_api_key_env": "put the key into the environment variable OPENAI_API_KEY",
     "judge_cache": "the environment variable XDG_CACHE_HOME moves the cache",
     "judge_timeout": "set reward_timeout, which is the judge's too",
