@@ -240,7 +240,8 @@ class UpdateOptions(Section):
         None, description="S-GRPO: probability that a later token learns; unset: by `max_completion_length`."
     )
     sgrpo_k: Annotated[int, Field(ge=0)] | None = Field(
-        None, description="S-GRPO: learning tokens per completion at most, 0: any number; unset: by `max_completion_length`."
+        None,
+        description="S-GRPO: learning tokens per completion at most, 0: any number; unset: by `max_completion_length`.",
     )
     tspmo_replay: Annotated[int, Field(ge=0)] = Field(
         0,
