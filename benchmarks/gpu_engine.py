@@ -14,6 +14,7 @@ from rollout_common import fill_adapter
 from torch import Tensor, nn
 
 from igrpo_lite.config import RunConfig
+from igrpo_lite.config.resolve import resolve
 from igrpo_lite.policy.fingerprint import base_fingerprint
 from igrpo_lite.policy.loading import Policy
 from igrpo_lite.problems.synthetic import load as load_problems
@@ -22,7 +23,6 @@ from igrpo_lite.sampling.parity import probe
 from igrpo_lite.sampling.vllm import VllmSampler
 from igrpo_lite.sampling.vllm_internals import _runner
 from igrpo_lite.sampling.vllm_policy import base_parameters
-from igrpo_lite.settings import resolve
 from igrpo_lite.training.card import Fitted, fitted, gpu_in_use
 from igrpo_lite.training.prepare import prepare
 from igrpo_lite.types import Completion

@@ -14,7 +14,7 @@ from gpu_common import Found, measured
 from rollout_common import Finding, Sizes
 from rollout_training import settings_for
 
-from igrpo_lite.settings import resolve
+from igrpo_lite.config.resolve import resolve
 
 if TYPE_CHECKING:
     from gpu_worker import Context

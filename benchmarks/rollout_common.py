@@ -12,13 +12,13 @@ import torch
 from transformers import Qwen2Config, Qwen2ForCausalLM
 
 from igrpo_lite.config import RunConfig
+from igrpo_lite.config.resolve import resolve
 from igrpo_lite.policy.loading import Policy, load_policy, load_tokenizer
 from igrpo_lite.policy.prompting import prompt_builder
 from igrpo_lite.sampling.base import OnFinished, Poll, Request, Sampler
 from igrpo_lite.sampling.replica import Replica
 from igrpo_lite.sampling.transformers import TransformersSampler
 from igrpo_lite.sampling.vllm import VllmSampler
-from igrpo_lite.settings import resolve
 from igrpo_lite.types import Completion
 
 MAX_MODEL_LEN = 768  # prompt, a draft of 160 tokens written out and read anew, completion

@@ -14,11 +14,11 @@ from rollout_common import Finding, GivenLengths, Law, Options, Sizes, constant,
 
 from igrpo_lite.algorithms.rollout import Rollout, RolloutCollector
 from igrpo_lite.config import RunConfig
+from igrpo_lite.config.resolve import resolve
 from igrpo_lite.policy.prompting import prompt_builder
 from igrpo_lite.problems.synthetic import load
 from igrpo_lite.rewards.scorer import Scorer
 from igrpo_lite.sampling.base import Sampler
-from igrpo_lite.settings import resolve
 
 PART = "schedules"
 SCHEDULES = ("barrier", "overlap", "ahead")

@@ -140,8 +140,8 @@ def our_settings(settings: dict[str, Any]) -> dict[str, Any]:
 def ours(settings: dict[str, Any], channel: Channel) -> None:
     import torch
 
+    from igrpo_lite.config.resolve import resolve
     from igrpo_lite.sampling.vllm_engine import load_vllm
-    from igrpo_lite.settings import resolve
     from igrpo_lite.training.prepare import prepare
 
     load_vllm(torch.device(settings["device"]))

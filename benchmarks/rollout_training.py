@@ -19,9 +19,9 @@ import psutil
 from measuring import paired, shown, spread
 from rollout_common import Finding, Options, Sizes, random_model
 
+from igrpo_lite.config.resolve import resolve
 from igrpo_lite.policy.prompting import prompt_builder
 from igrpo_lite.problems.synthetic import load
-from igrpo_lite.settings import resolve
 from igrpo_lite.training.schedule import batch_indices
 
 PART = "training"

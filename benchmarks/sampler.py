@@ -31,13 +31,13 @@ from peft import PeftModel
 from transformers import AutoModelForCausalLM, GenerationConfig, LlamaConfig, LlamaForCausalLM, PreTrainedTokenizerBase
 
 from igrpo_lite.config import RunConfig
+from igrpo_lite.config.resolve import resolve
 from igrpo_lite.policy.loading import load_policy, load_tokenizer, model_path
 from igrpo_lite.policy.prompting import prompt_builder
 from igrpo_lite.problems.synthetic import load
 from igrpo_lite.sampling.base import Request, request_seed
 from igrpo_lite.sampling.replica import Replica
 from igrpo_lite.sampling.transformers import TransformersSampler
-from igrpo_lite.settings import resolve
 from igrpo_lite.types import Prompt
 
 RATIOS = (("ours", "generate"), ("ours", "generate-merged"), ("ours-unmerged", "generate"))

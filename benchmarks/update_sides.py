@@ -26,7 +26,7 @@ from igrpo_lite.algorithms.learning import learning_sequences, totals
 from igrpo_lite.algorithms.rollout import Rollout
 from igrpo_lite.algorithms.tokens.base import LearningSequence
 from igrpo_lite.config import RunConfig
-from igrpo_lite.defaults import ENTROPY_SHARE
+from igrpo_lite.config.defaults import ENTROPY_SHARE
 from igrpo_lite.planning.models import find_model
 from igrpo_lite.policy.attention import register
 from igrpo_lite.policy.chunked_head import head_logprobs

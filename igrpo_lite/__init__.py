@@ -17,7 +17,7 @@ from typing import TYPE_CHECKING, Any
 if TYPE_CHECKING:
     from igrpo_lite.answers.answers import Verdict
     from igrpo_lite.config import RunConfig
-    from igrpo_lite.settings import resolve
+    from igrpo_lite.config.resolve import resolve
 
 __version__ = "0.1.0"
 __all__ = ["RunConfig", "__version__", "compare", "resolve", "train", "verify"]
@@ -28,11 +28,12 @@ def train(**settings: Any) -> dict[str, Any]:
 
     Raises :class:`igrpo_lite.errors.ConfigError` with every setting that is wrong.
     """
+    from igrpo_lite.config.resolve import examine
     from igrpo_lite.errors import ConfigError
-    from igrpo_lite.settings import examine, preflight
+    from igrpo_lite.inputs import input_findings
 
     config, findings = examine(settings)
-    findings += preflight(config)
+    findings += input_findings(config)
     if findings:
         raise ConfigError(findings)
     from igrpo_lite.training import train as start
@@ -68,7 +69,7 @@ def __getattr__(name: str) -> Any:
 
         return RunConfig
     if name == "resolve":
-        from igrpo_lite.settings import resolve
+        from igrpo_lite.config.resolve import resolve
 
         return resolve
     raise AttributeError(f"module {__name__!r} has no attribute {name!r}")

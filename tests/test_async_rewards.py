@@ -18,11 +18,11 @@ from reward_parts import PROBLEM, PROMPT, completion
 from tiny_parts import SMALL, small_config, tiny_parts
 
 from igrpo_lite.algorithms.rollout import RolloutCollector
+from igrpo_lite.config.resolve import resolve
 from igrpo_lite.errors import RewardError
 from igrpo_lite.rewards.scorer import Scorer
 from igrpo_lite.sampling.replica import Replica
 from igrpo_lite.sampling.transformers import TransformersSampler
-from igrpo_lite.settings import resolve
 from igrpo_lite.training import train
 
 CASES = {

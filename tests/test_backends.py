@@ -15,8 +15,9 @@ import torch
 from models import make_model
 from transformers import Qwen2Config
 
-from igrpo_lite import checks
+from igrpo_lite import inputs
 from igrpo_lite.config import ModelOptions
+from igrpo_lite.config.resolve import resolve
 from igrpo_lite.environment.facts import Gpu
 from igrpo_lite.environment.pins import INSTALL
 from igrpo_lite.errors import ModelError
@@ -32,7 +33,6 @@ from igrpo_lite.policy.loading import Policy, load_policy, pick_dtype
 from igrpo_lite.policy.logprobs import RowLayout, chosen_logprobs
 from igrpo_lite.policy.tree import Branch
 from igrpo_lite.policy.unsloth import HiddenStates, adapter_arguments, beside, loading_arguments
-from igrpo_lite.settings import resolve
 from igrpo_lite.tiny import MODEL_DIR
 
 GIB = 2**30
@@ -350,9 +350,9 @@ def test_gemma_is_refused_in_float16(tmp_path, kind):
     file = tmp_path / "model" / "config.json"
     file.write_text(json.dumps(json.loads(file.read_text()) | {"model_type": kind}))
     options = ModelOptions(model=str(tmp_path / "model"), dtype="float16")
-    (finding,) = checks.model_findings(options)
+    (finding,) = inputs.model_findings(options)
     assert "overflow in float16" in finding
-    assert checks.model_findings(options.model_copy(update={"dtype": "float32"})) == []
+    assert inputs.model_findings(options.model_copy(update={"dtype": "float32"})) == []
     with pytest.raises(ModelError, match="overflow in float16"):
         load_policy(options, 0)
 
@@ -361,22 +361,22 @@ def test_gemma_is_refused_in_float16(tmp_path, kind):
 
 
 def test_what_is_missing_is_found_first(monkeypatch):
-    monkeypatch.setattr(checks, "find_spec", lambda name: None)
-    (finding,) = checks.model_findings(ModelOptions(backend="unsloth"))
+    monkeypatch.setattr(inputs, "find_spec", lambda name: None)
+    (finding,) = inputs.model_findings(ModelOptions(backend="unsloth"))
     assert INSTALL in finding
-    monkeypatch.setattr(checks, "find_spec", lambda name: name)
-    assert checks.model_findings(ModelOptions(backend="unsloth")) == []
+    monkeypatch.setattr(inputs, "find_spec", lambda name: name)
+    assert inputs.model_findings(ModelOptions(backend="unsloth")) == []
     for device in ("mps", "cuda:1"):
-        (finding,) = checks.model_findings(ModelOptions(backend="unsloth", device=device))
+        (finding,) = inputs.model_findings(ModelOptions(backend="unsloth", device=device))
         assert "first visible CUDA GPU" in finding
 
 
 def test_vllm_cannot_share_4_bit_weights_without_unsloth():
     wanted = {"load_in_4bit": True, "sampler": "vllm", "backend": "transformers"}
-    (finding,) = checks.model_findings(resolve(wanted))
+    (finding,) = inputs.model_findings(resolve(wanted))
     assert "pack the weights into 4 bits a second time" in finding
     for other in ({"sampler": "auto"}, {"load_in_4bit": False}):
-        assert checks.model_findings(resolve(wanted | other)) == []
+        assert inputs.model_findings(resolve(wanted | other)) == []
 
 
 def test_a_policy_says_what_loaded_it():

@@ -17,7 +17,8 @@ from bad_parts import ROWS, records, write_rows
 from safetensors.torch import load_file, save_file
 
 from igrpo_lite.cli import main
-from igrpo_lite.settings import examine, preflight
+from igrpo_lite.config.resolve import examine
+from igrpo_lite.inputs import input_findings
 from igrpo_lite.tiny import MODEL_DIR
 
 # Data
@@ -269,7 +270,7 @@ def test_settings_that_cannot_be(given: dict[str, Any], told: str, tmp_path: Pat
     monkeypatch.chdir(tmp_path)
     (tmp_path / "bytes.txt").write_bytes(b"\xff\xfe {question} {draft}")
     config, findings = examine(given)
-    assert [told in finding for finding in findings + preflight(config)] == [True]
+    assert [told in finding for finding in findings + input_findings(config)] == [True]
 
 
 def test_only_training_needs_the_rewards_and_trackers_of_a_recipe(tmp_path: Path, capsys, monkeypatch) -> None:

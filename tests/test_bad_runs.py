@@ -15,8 +15,8 @@ import pytest
 from bad_parts import SMALL, assert_same, records, steps
 
 from igrpo_lite.cli import main
+from igrpo_lite.config.resolve import resolve
 from igrpo_lite.errors import RewardError, RunFolderError
-from igrpo_lite.settings import resolve
 from igrpo_lite.training import train
 from igrpo_lite.training.run_folder import RunFolder
 

@@ -7,10 +7,10 @@ from types import SimpleNamespace
 import pytest
 import torch
 
+from igrpo_lite.config.resolve import resolve
 from igrpo_lite.planning.gpus import GIB, find_gpu
 from igrpo_lite.planning.suggest import CHOSEN
 from igrpo_lite.policy.backends import Choice
-from igrpo_lite.settings import resolve
 from igrpo_lite.training import card as card_module
 from igrpo_lite.training.card import fitted, gpu_in_use, without
 

@@ -13,8 +13,8 @@ import yaml
 from igrpo_lite import __version__
 from igrpo_lite.cli import app, main
 from igrpo_lite.cli.flags import SHORT
-from igrpo_lite.fields import FIELDS
-from igrpo_lite.settings import load_file, resolve
+from igrpo_lite.config.fields import FIELDS
+from igrpo_lite.config.resolve import load_file, resolve
 
 ROOT = Path(__file__).resolve().parents[1]
 

@@ -12,8 +12,8 @@ from igrpo_lite.comparison.methods import read_methods, read_seeds
 from igrpo_lite.comparison.processes import _environment
 from igrpo_lite.comparison.run import compare
 from igrpo_lite.config import RunConfig
+from igrpo_lite.config.resolve import resolve
 from igrpo_lite.errors import ConfigError
-from igrpo_lite.settings import resolve
 
 RUN = {"patience_dead": 0, "progress": "off"}
 

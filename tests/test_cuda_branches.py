@@ -15,6 +15,7 @@ import numpy as np
 import pytest
 import torch
 
+from igrpo_lite.config.resolve import resolve
 from igrpo_lite.export.exporting import _Job
 from igrpo_lite.policy import loading
 from igrpo_lite.policy.prompting import prompt_builder
@@ -22,7 +23,6 @@ from igrpo_lite.policy.relief import make_room
 from igrpo_lite.sampling import choice
 from igrpo_lite.sampling.transformers import TransformersSampler
 from igrpo_lite.sampling.vllm_engine import preserved_rng
-from igrpo_lite.settings import resolve
 from igrpo_lite.training import checkpoint
 from igrpo_lite.training.memory import memory
 

@@ -8,7 +8,7 @@ from pathlib import Path
 import make_docs as docs
 import pytest
 
-from igrpo_lite.fields import FIELDS
+from igrpo_lite.config.fields import FIELDS
 
 DOCS = Path(__file__).resolve().parents[1] / "docs"
 

@@ -17,7 +17,7 @@ from igrpo_lite.algorithms.dynamic import is_informative, with_signal
 from igrpo_lite.algorithms.methods import method_of
 from igrpo_lite.algorithms.replay import Replay
 from igrpo_lite.algorithms.rollout import Rollout, RolloutCollector
-from igrpo_lite.settings import resolve
+from igrpo_lite.config.resolve import resolve
 from igrpo_lite.training import train
 from igrpo_lite.types import Completion, Group, Problem, Prompt, Score
 

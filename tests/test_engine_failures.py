@@ -7,9 +7,9 @@ import json
 import pytest
 from bad_parts import SMALL, assert_same, records
 
+from igrpo_lite.config.resolve import resolve
 from igrpo_lite.errors import SamplerError
 from igrpo_lite.sampling.transformers import TransformersSampler
-from igrpo_lite.settings import resolve
 from igrpo_lite.training import train
 
 RUN = SMALL | {"max_steps": 4, "eval_steps": 2, "save_steps": 100, "parity_steps": 3, "num_generations": 6}

@@ -15,6 +15,7 @@ from export_parts import options, short_run, source
 from tokenizers.processors import TemplateProcessing
 from transformers import AutoTokenizer, GenerationConfig, PreTrainedTokenizerBase
 
+from igrpo_lite.config.resolve import resolve
 from igrpo_lite.export.merging import own_base
 from igrpo_lite.export.serving import (
     Served,
@@ -29,7 +30,6 @@ from igrpo_lite.planning.memory import LORA_RANKS
 from igrpo_lite.policy.loading import load_policy
 from igrpo_lite.policy.prompting import prompt_builder
 from igrpo_lite.prompts import PLAIN_CHAT_TEMPLATE, STAGE2_TEMPLATES, SYSTEM_PROMPTS, PromptBuilder
-from igrpo_lite.settings import resolve
 from igrpo_lite.tiny import MODEL_DIR
 
 CHATML = (

@@ -14,10 +14,10 @@ from safetensors.torch import load_file, save_file
 from tiny_parts import small_config, tiny_parts
 
 from igrpo_lite.algorithms.rollout import RolloutCollector
+from igrpo_lite.config.resolve import resolve
 from igrpo_lite.errors import RunFolderError
 from igrpo_lite.policy.fingerprint import base_fingerprint
 from igrpo_lite.policy.loading import Policy
-from igrpo_lite.settings import resolve
 from igrpo_lite.tiny import MODEL_DIR
 from igrpo_lite.training import train
 from igrpo_lite.training.loop import Trainer

@@ -13,8 +13,9 @@ from tiny_parts import small_config, tiny_parts
 from torch import nn
 from transformers import AutoModelForCausalLM
 
-from igrpo_lite import checks
+from igrpo_lite import inputs
 from igrpo_lite.config import ModelOptions
+from igrpo_lite.config.resolve import resolve
 from igrpo_lite.errors import ModelError, SamplerError
 from igrpo_lite.policy.fingerprint import base_fingerprint
 from igrpo_lite.policy.four_bit import is_packed
@@ -24,7 +25,6 @@ from igrpo_lite.policy.tree import Branch
 from igrpo_lite.sampling.choice import make_sampler
 from igrpo_lite.sampling.parity import probe
 from igrpo_lite.sampling.replica import Replica
-from igrpo_lite.settings import resolve
 from igrpo_lite.tiny import MODEL_DIR
 from igrpo_lite.training import train
 
@@ -194,7 +194,7 @@ def packed_folder(tmp_path_factory):
 
 def test_packed_weights_are_recognised_and_computed_in_the_type_of_this_machine(packed_folder):
     assert json.loads((packed_folder / "config.json").read_text())["quantization_config"]["load_in_4bit"]
-    assert checks.model_findings(ModelOptions(model=str(packed_folder))) == []
+    assert inputs.model_findings(ModelOptions(model=str(packed_folder))) == []
     policy = load_policy(ModelOptions(model=str(packed_folder)), 0)
     fresh = load_policy(ModelOptions(load_in_4bit=True, dtype="bfloat16"), 0)
     assert is_packed(policy.model.config)
@@ -222,22 +222,22 @@ def test_other_packings_are_refused_before_anything_loads(tmp_path, packing, sai
     file = tmp_path / "model" / "config.json"
     file.write_text(json.dumps(json.loads(file.read_text()) | {"quantization_config": packing}))
     options = ModelOptions(model=str(tmp_path / "model"))
-    (finding,) = checks.model_findings(options)
+    (finding,) = inputs.model_findings(options)
     assert said in finding
     with pytest.raises(ModelError, match=said):
         load_policy(options, 0)
 
 
 def test_a_missing_package_is_named_first(monkeypatch, packed_folder):
-    monkeypatch.setattr(checks, "find_spec", lambda name: None)
+    monkeypatch.setattr(inputs, "find_spec", lambda name: None)
     for options in (
         ModelOptions(load_in_4bit=True),
         ModelOptions(model="unsloth/Qwen2-1.5B-Instruct-bnb-4bit"),
         ModelOptions(model=str(packed_folder)),
     ):
-        (finding,) = checks.model_findings(options)
+        (finding,) = inputs.model_findings(options)
         assert "pip install 'bitsandbytes" in finding
-    (finding,) = checks.model_findings(ModelOptions(load_in_4bit=True, device="mps"))[:1]
+    (finding,) = inputs.model_findings(ModelOptions(load_in_4bit=True, device="mps"))[:1]
     assert "mps" in finding
 
 

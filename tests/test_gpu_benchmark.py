@@ -317,8 +317,8 @@ def test_goals_are_judged_by_their_kind(gpu):
 def test_a_plan_is_held_against_each_phase(gpu):
     from gpu_plan import compared
 
+    from igrpo_lite.config.resolve import resolve
     from igrpo_lite.planning.gpus import GIB, find_gpu
-    from igrpo_lite.settings import resolve
     from igrpo_lite.training.card import fitted
 
     config = resolve({"model": "qwen2-1.5b", "backend": "transformers", "max_completion_length": 512})

@@ -14,10 +14,10 @@ from bad_parts import SMALL, assert_same, records, steps
 from judge_parts import Answer, Asker, attempt, refused, said
 from reward_parts import PROBLEM, PROMPT, RIGHT, WRONG, Make, completion
 
+from igrpo_lite.config.resolve import resolve
 from igrpo_lite.errors import RewardError
 from igrpo_lite.rewards.endpoint import CONCURRENCY
 from igrpo_lite.rewards.scorer import Scorer
-from igrpo_lite.settings import resolve
 from igrpo_lite.training import train
 
 

@@ -22,8 +22,8 @@ from igrpo_lite.algorithms.plans import All, Plan
 from igrpo_lite.algorithms.replay import Replay, Restart, replay
 from igrpo_lite.algorithms.tokens.base import Learning, LearningSequence, Measure, Tokens, equal
 from igrpo_lite.config import ALGORITHMS, TOKENS, RunConfig
+from igrpo_lite.config.resolve import resolve
 from igrpo_lite.errors import ConfigError
-from igrpo_lite.settings import resolve
 from igrpo_lite.training import train
 from igrpo_lite.types import Group
 

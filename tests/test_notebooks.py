@@ -15,7 +15,7 @@ from nbclient import NotebookClient
 
 from igrpo_lite.cli.app import build
 from igrpo_lite.cli.recipes import find
-from igrpo_lite.settings import load_file, resolve
+from igrpo_lite.config.resolve import load_file, resolve
 
 FOLDER = Path(__file__).resolve().parents[1] / "notebooks"
 NOTEBOOKS = sorted(FOLDER.glob("*.ipynb"))

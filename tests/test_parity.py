@@ -15,12 +15,12 @@ from bad_parts import records, steps
 from peft.tuners.lora import LoraLayer
 from tiny_parts import SMALL, small_config, tiny_parts
 
+from igrpo_lite.config.resolve import resolve
 from igrpo_lite.errors import SamplerError
 from igrpo_lite.sampling import transformers as transformers_sampler
 from igrpo_lite.sampling.parity import Parity, probe
 from igrpo_lite.sampling.replica import Replica
 from igrpo_lite.sampling.transformers import TransformersSampler
-from igrpo_lite.settings import resolve
 from igrpo_lite.training import train
 from igrpo_lite.training.prepare import prepare
 

@@ -14,12 +14,12 @@ from typing import Any
 import pytest
 
 from igrpo_lite.cli import main
+from igrpo_lite.config.resolve import load_file, resolve
 from igrpo_lite.planning.gpus import GIB, find_gpu, gpu_of
 from igrpo_lite.planning.models import Model, find_model
 from igrpo_lite.planning.plan import Plan, changes, plan, prefers_four_bit
 from igrpo_lite.planning.shapes import Shape
 from igrpo_lite.planning.suggest import SAFE, WORTH, suggest
-from igrpo_lite.settings import load_file, resolve
 
 ROOT = Path(__file__).resolve().parents[1]
 

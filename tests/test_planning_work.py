@@ -14,6 +14,7 @@ from planning_parts import group, transformers_config
 from transformers import DynamicCache
 
 from igrpo_lite.algorithms.tokens.s_grpo import sgrpo_indices
+from igrpo_lite.config.resolve import resolve
 from igrpo_lite.planning import memory
 from igrpo_lite.planning.gpus import find_gpu
 from igrpo_lite.planning.memory import CONTEXT, Setup, captured_graphs
@@ -32,7 +33,6 @@ from igrpo_lite.policy.prompting import check_context, prompt_builder
 from igrpo_lite.policy.tree import TokenTree, grow, pack
 from igrpo_lite.sampling import slots, vllm_engine
 from igrpo_lite.sampling.transformers import _PREFILL_TOKENS
-from igrpo_lite.settings import resolve
 from igrpo_lite.types import Problem
 
 sizes = st.tuples(st.integers(1, 4), st.integers(1, 30), st.integers(1, 5), st.integers(1, 20), st.integers(1, 120))

@@ -16,12 +16,12 @@ from tiny_parts import small_config, tiny_parts
 from igrpo_lite.algorithms.dynamic import with_signal
 from igrpo_lite.algorithms.judging import PolicyJudge
 from igrpo_lite.algorithms.rollout import RolloutCollector
+from igrpo_lite.config.resolve import RESUMABLE, merge, resolve
 from igrpo_lite.errors import ConfigError
 from igrpo_lite.policy.prompting import check_context, prompt_builder
 from igrpo_lite.rewards.findings import reward_findings
 from igrpo_lite.rewards.judge_prompt import REMINDER, judge_prompt
 from igrpo_lite.rewards.scorer import Scorer
-from igrpo_lite.settings import RESUMABLE, merge, resolve
 from igrpo_lite.types import Completion, Problem
 
 SCHEDULES = ["barrier", "overlap", "ahead"]

@@ -15,13 +15,13 @@ from tiny_parts import small_config
 
 from igrpo_lite.algorithms.judging import PolicyJudge
 from igrpo_lite.cli import main
+from igrpo_lite.config.resolve import resolve
 from igrpo_lite.errors import RewardError
 from igrpo_lite.evaluation.preflight import preflight
 from igrpo_lite.policy.prompting import check_context, prompt_builder
 from igrpo_lite.rewards.judge import Judgement
 from igrpo_lite.sampling.replica import Replica
 from igrpo_lite.sampling.transformers import TransformersSampler
-from igrpo_lite.settings import resolve
 from igrpo_lite.training import train
 from igrpo_lite.types import Completion, Problem
 

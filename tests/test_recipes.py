@@ -11,10 +11,11 @@ import pytest
 from make_docs import filled
 
 from igrpo_lite.cli import main, recipes
+from igrpo_lite.config.resolve import load_file, resolve
 from igrpo_lite.errors import ConfigError
+from igrpo_lite.inputs import input_findings
 from igrpo_lite.planning.gpus import GIB
 from igrpo_lite.planning.models import find_model
-from igrpo_lite.settings import load_file, preflight, resolve
 
 ROOT = Path(__file__).resolve().parents[1]
 sys.path.append(str(ROOT / "tools"))
@@ -30,7 +31,7 @@ def test_recipe_resolves_and_names_itself(name: str, monkeypatch: pytest.MonkeyP
     assert recipes.summary(name)
     given = load_file(path)
     config = resolve(given)
-    assert preflight(config) == []
+    assert input_findings(config) == []
 
 
 METHODS = {"s-grpo": ("grpo", "s-grpo"), "t-spmo": ("grpo", "t-spmo")}
@@ -121,13 +122,13 @@ def test_cp_brings_the_files_a_recipe_names_and_overwrites_nothing(
     assert main(["recipes", "cp", "own-reward"]) == 0
     copy = tmp_path / "own-reward.yaml"
     assert copy.read_text(encoding="utf-8").startswith("# igrpo-lite train --config own-reward.yaml\n")
-    assert preflight(resolve(load_file(copy))) == []
+    assert input_findings(resolve(load_file(copy))) == []
     copy.write_text("mine")
     assert main(["recipes", "cp", "own-reward"]) == 2
     assert copy.read_text() == "mine"
     assert "exists already" in capsys.readouterr().err
     assert main(["recipes", "cp", "own-data", "deep/er/mine.yaml"]) == 0
-    assert preflight(resolve(load_file("deep/er/mine.yaml"))) == []
+    assert input_findings(resolve(load_file("deep/er/mine.yaml"))) == []
 
 
 def test_recipes_are_found_by_file_then_by_name(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

@@ -16,13 +16,13 @@ from models import make_model
 from tiny_parts import small_config, tiny_parts
 from update_parts import adapter_gradients, assert_same, config_of, restored, rollouts_of, run_update
 
+from igrpo_lite.config.resolve import resolve
 from igrpo_lite.errors import ModelError, UpdateError
 from igrpo_lite.policy import loading
 from igrpo_lite.policy import unsloth as unsloth_backend
 from igrpo_lite.policy.backends import LoadRequest
 from igrpo_lite.policy.relief import is_out_of_memory
 from igrpo_lite.sampling import vllm_engine
-from igrpo_lite.settings import resolve
 from igrpo_lite.training import train
 from igrpo_lite.training import update as update_module
 from igrpo_lite.training.update import MAX_OVERFLOWS, PolicyUpdate

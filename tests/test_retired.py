@@ -11,9 +11,9 @@ from tiny_parts import SMALL
 
 from igrpo_lite.cli import main
 from igrpo_lite.config import RunConfig
+from igrpo_lite.config.resolve import examine, resolve
+from igrpo_lite.config.retired import RETIRED, RETIRED_VALUES, gone
 from igrpo_lite.errors import RunFolderError
-from igrpo_lite.retired import RETIRED, RETIRED_VALUES, gone
-from igrpo_lite.settings import examine, resolve
 from igrpo_lite.training import train
 
 OLD = RETIRED | {"num_refinements": 3}  # as a run of six rollouts had it

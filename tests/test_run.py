@@ -17,10 +17,10 @@ import torch
 from safetensors.torch import load_file
 from tiny_parts import SMALL, small_config
 
+from igrpo_lite.config.resolve import load_file as load_settings
+from igrpo_lite.config.resolve import resolve
 from igrpo_lite.errors import RunFolderError
 from igrpo_lite.evaluation.statistics import wilson
-from igrpo_lite.settings import load_file as load_settings
-from igrpo_lite.settings import resolve
 from igrpo_lite.training import train
 from igrpo_lite.training.loop import Trainer
 

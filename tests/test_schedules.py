@@ -15,10 +15,10 @@ from tiny_parts import SMALL, small_config, tiny_parts
 
 from igrpo_lite.algorithms.dynamic import with_signal
 from igrpo_lite.algorithms.rollout import RolloutCollector
+from igrpo_lite.config.resolve import resolve
 from igrpo_lite.errors import ConfigError
 from igrpo_lite.sampling.replica import Replica
 from igrpo_lite.sampling.transformers import TransformersSampler
-from igrpo_lite.settings import resolve
 from igrpo_lite.training import train
 from igrpo_lite.training.update import PolicyUpdate
 from igrpo_lite.types import Score

@@ -9,12 +9,13 @@ from typing import Any
 import pytest
 
 import igrpo_lite
-from igrpo_lite import checks
+from igrpo_lite import inputs
 from igrpo_lite.config import SECTIONS, ModelOptions, PromptOptions, RunConfig
-from igrpo_lite.defaults import MODEL_DEFAULTS
+from igrpo_lite.config.defaults import MODEL_DEFAULTS
+from igrpo_lite.config.fields import FIELDS, allowed
+from igrpo_lite.config.resolve import RESUMABLE, differences, dump, examine, load_file, merge, resolve
 from igrpo_lite.errors import ConfigError
-from igrpo_lite.fields import FIELDS, allowed
-from igrpo_lite.settings import RESUMABLE, differences, dump, examine, load_file, merge, preflight, resolve
+from igrpo_lite.inputs import input_findings
 
 
 def findings(**given: Any) -> list[str]:
@@ -263,7 +264,7 @@ def test_every_field_has_a_sentence_and_allowed_values() -> None:
 
 
 def test_preflight_gathers_what_is_wrong_with_files_and_functions() -> None:
-    found = preflight(
+    found = input_findings(
         resolve({"model": "./none", "data": "none.jsonl", "reward_funcs": "acuracy", "reward_weights": [1, 2]})
     )
     assert [text.split(":")[0] for text in found] == ["model", "data", "reward_funcs", "reward_weights"]
@@ -279,20 +280,20 @@ def _model(folder: Path, **config: Any) -> Path:
 
 def test_model_folders_are_checked_without_loading(tmp_path: Path) -> None:
     good = _model(tmp_path / "good")
-    assert checks.model_findings(ModelOptions(model=str(good))) == []
+    assert inputs.model_findings(ModelOptions(model=str(good))) == []
     bad = _model(tmp_path / "bad", architectures=["BertForMaskedLM"])
     (bad / "tokenizer.json").unlink()
     (bad / "model.safetensors").unlink()
-    found = "\n".join(checks.model_findings(ModelOptions(model=str(bad))))
+    found = "\n".join(inputs.model_findings(ModelOptions(model=str(bad))))
     assert "not a causal language model" in found
     assert "no tokenizer" in found
     assert "no weights" in found
     (good / "config.json").write_text("{")
-    assert "cannot be read" in checks.model_findings(ModelOptions(model=str(good)))[0]
+    assert "cannot be read" in inputs.model_findings(ModelOptions(model=str(good)))[0]
     (good / "config.json").unlink()
-    assert "no config.json" in checks.model_findings(ModelOptions(model=str(good)))[0]
+    assert "no config.json" in inputs.model_findings(ModelOptions(model=str(good)))[0]
     (good / "adapter_config.json").write_text("{}")
-    assert "adapter only" in checks.model_findings(ModelOptions(model=str(good)))[0]
+    assert "adapter only" in inputs.model_findings(ModelOptions(model=str(good)))[0]
 
 
 @pytest.mark.parametrize(
@@ -309,7 +310,7 @@ def test_model_folders_are_checked_without_loading(tmp_path: Path) -> None:
     ],
 )
 def test_model_names(model: str, words: str | None) -> None:
-    found = checks.model_findings(ModelOptions(model=model))
+    found = inputs.model_findings(ModelOptions(model=model))
     assert words in found[0] if words else found == []
 
 
@@ -317,6 +318,6 @@ def test_prompt_files_and_templates(tmp_path: Path) -> None:
     template = tmp_path / "stage2.txt"
     template.write_text("{question} and {drift}")
     options = PromptOptions(stage2_template=str(template), system_prompt="Think hard.")
-    assert any("{drift}" in found for found in checks.prompt_findings(options))
+    assert any("{drift}" in found for found in inputs.prompt_findings(options))
     missing = PromptOptions(stage2_template="none/stage2.txt", system_prompt="none/system.md")
-    assert [found.split(":")[0] for found in checks.prompt_findings(missing)] == ["system_prompt", "stage2_template"]
+    assert [found.split(":")[0] for found in inputs.prompt_findings(missing)] == ["system_prompt", "stage2_template"]

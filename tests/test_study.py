@@ -15,9 +15,9 @@ from types import ModuleType
 import pytest
 
 from igrpo_lite.config import RewardOptions
+from igrpo_lite.config.resolve import load_file, resolve
 from igrpo_lite.problems.synthetic import draw, load, split_of
 from igrpo_lite.rewards.scorer import Scorer
-from igrpo_lite.settings import load_file, resolve
 from igrpo_lite.types import Completion, Prompt
 from tests.real_data import real_data
 

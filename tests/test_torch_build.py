@@ -10,12 +10,12 @@ from pathlib import Path
 import pytest
 import torch
 
+from igrpo_lite.config.resolve import resolve
 from igrpo_lite.environment import torch_build
 from igrpo_lite.environment.facts import Torch
 from igrpo_lite.environment.pins import INSTALL
 from igrpo_lite.environment.torch_build import cuda_trouble, installed_torch
 from igrpo_lite.policy.backends import choose
-from igrpo_lite.settings import resolve
 
 ROOT = Path(__file__).resolve().parents[1]
 CUDA_12 = "Driver Version: 550.54.15  CUDA Version: 12.4"

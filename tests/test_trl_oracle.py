@@ -28,7 +28,7 @@ from transformers import AutoTokenizer
 from igrpo_lite.algorithms.advantages import advantages
 from igrpo_lite.algorithms.objectives import TokenLoss, Totals, reduce_loss, sampler_weights, token_loss
 from igrpo_lite.config import RunConfig
-from igrpo_lite.defaults import ENTROPY_SHARE
+from igrpo_lite.config.defaults import ENTROPY_SHARE
 from igrpo_lite.tiny import MODEL_DIR
 
 os.environ.setdefault("TRL_EXPERIMENTAL_SILENCE", "1")  # the rollout hook warns

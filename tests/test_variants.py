@@ -10,7 +10,7 @@ from update_parts import config_of, rollouts_of
 
 from igrpo_lite.algorithms.methods import method_of
 from igrpo_lite.algorithms.rollout import RolloutCollector
-from igrpo_lite.settings import examine
+from igrpo_lite.config.resolve import examine
 from igrpo_lite.training.health import Health
 
 

@@ -27,11 +27,11 @@ from safetensors.torch import load_file
 from transformers import Qwen2Config
 from vllm_parts import make_prompts, make_sampler, requests
 
+from igrpo_lite.config.resolve import resolve
 from igrpo_lite.policy.quiet import quiet
 from igrpo_lite.sampling import vllm_engine, vllm_internals
 from igrpo_lite.sampling.parity import probe
 from igrpo_lite.sampling.vllm import VllmSampler
-from igrpo_lite.settings import resolve
 from igrpo_lite.tiny import MODEL_DIR
 from igrpo_lite.training import train
 

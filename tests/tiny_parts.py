@@ -7,7 +7,7 @@ from typing import Any
 import torch
 
 from igrpo_lite.config import RunConfig
-from igrpo_lite.settings import resolve
+from igrpo_lite.config.resolve import resolve
 from igrpo_lite.training.prepare import prepare
 from igrpo_lite.workbench import Workbench
 

@@ -33,8 +33,8 @@ SETTINGS: dict[str, Any] = {
 
 def a_run() -> None:
     """A GRPO run of ours on Unsloth's CPU branch: load in 4 bits, sample, learn, save, load again."""
+    from igrpo_lite.config.resolve import resolve
     from igrpo_lite.policy.backends import enter
-    from igrpo_lite.settings import resolve
 
     config = resolve(SETTINGS)
     assert enter(config).name == "unsloth"
@@ -135,10 +135,10 @@ def signatures(unsloth: Any) -> None:
     import unsloth.models.llama as llama
     from unsloth_zoo import vllm_lora_request, vllm_utils
 
+    from igrpo_lite.config.resolve import resolve
     from igrpo_lite.policy.backends import FAST, LoadRequest
     from igrpo_lite.policy.loading import _read_config
     from igrpo_lite.policy.unsloth import adapter_arguments, loading_arguments
-    from igrpo_lite.settings import resolve
 
     config = resolve(SETTINGS)
     request = LoadRequest(config, _read_config(config), torch.device("cuda"), torch.bfloat16, 0, context=300)
@@ -236,6 +236,7 @@ def an_engine() -> None:
     from unsloth_zoo import vllm_utils
     from vllm_parts import make_prompts, move
 
+    from igrpo_lite.config.resolve import resolve
     from igrpo_lite.errors import SamplerError
     from igrpo_lite.policy.backends import LoadRequest, model_path
     from igrpo_lite.policy.loading import Policy, _read_config, load_tokenizer, stop_ids
@@ -245,7 +246,6 @@ def an_engine() -> None:
     from igrpo_lite.sampling.choice import make_sampler
     from igrpo_lite.sampling.parity import probe
     from igrpo_lite.sampling.unsloth import UnslothSampler
-    from igrpo_lite.settings import resolve
 
     config, cpu = resolve({"lora_alpha": 32, "lora_r": 16, "max_num_seqs": 16}), torch.device("cpu")
     model: Any = TransformersBackend().load(LoadRequest(config, _read_config(config), cpu, torch.float32, 0)).model

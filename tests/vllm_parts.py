@@ -11,12 +11,12 @@ import torch
 from torch import Tensor
 from transformers import Qwen2Config, Qwen2ForCausalLM
 
+from igrpo_lite.config.resolve import resolve
 from igrpo_lite.policy.loading import Policy, load_policy
 from igrpo_lite.policy.prompting import prompt_builder
 from igrpo_lite.prompts import PromptBuilder
 from igrpo_lite.sampling.base import Request, request_seed
 from igrpo_lite.sampling.vllm import VllmSampler
-from igrpo_lite.settings import resolve
 from igrpo_lite.tiny import MODEL_DIR
 from igrpo_lite.types import Completion, Prompt
 

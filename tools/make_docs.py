@@ -12,9 +12,9 @@ from pathlib import Path
 
 from igrpo_lite.cli.flags import SHORT
 from igrpo_lite.config import SECTIONS, Section
-from igrpo_lite.defaults import MODEL_DEFAULTS
+from igrpo_lite.config.defaults import MODEL_DEFAULTS
+from igrpo_lite.config.fields import FIELDS, choices, default_text, short_type
 from igrpo_lite.environment import pins
-from igrpo_lite.fields import FIELDS, choices, default_text, short_type
 
 VERBS = (
     (),

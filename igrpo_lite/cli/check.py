@@ -11,7 +11,7 @@ from cyclopts import Parameter
 
 from igrpo_lite.cli.flags import COMMAND, Recipe, examined, settings_flags
 from igrpo_lite.errors import ConfigError
-from igrpo_lite.settings import preflight as file_findings
+from igrpo_lite.inputs import input_findings
 
 if TYPE_CHECKING:
     from igrpo_lite.evaluation.preflight import Preflight
@@ -43,15 +43,15 @@ def check(
     """Look at everything a run depends on: data, gold answers, rewards, prompts and lengths, and some samples of the
     model. Ends with 3 if something would keep it from learning."""
     resolved, findings = examined(config, settings)
-    findings += file_findings(resolved)
+    findings += input_findings(resolved)
     counts = {"--problems": problems, "--samples": samples}
     findings += [f"{flag}: must be 1 or more, not {count}" for flag, count in counts.items() if count < 1]
     if findings:
         raise ConfigError(findings)
+    from igrpo_lite.evaluation.preflight import preflight
     from igrpo_lite.policy.backends import enter
 
     enter(resolved)
-    from igrpo_lite.evaluation.preflight import preflight
     from igrpo_lite.report.plain import PlainScreen, QuietScreen
 
     screen = (QuietScreen if resolved.progress == "off" or as_json else PlainScreen)(sys.stderr)

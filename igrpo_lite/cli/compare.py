@@ -11,9 +11,9 @@ from typing import Annotated, Any
 from cyclopts import Parameter
 
 from igrpo_lite.cli.flags import COMMAND, Recipe, settings_flags
+from igrpo_lite.config.fields import FIELDS
+from igrpo_lite.config.resolve import suggestion
 from igrpo_lite.errors import ConfigError
-from igrpo_lite.fields import FIELDS
-from igrpo_lite.settings import suggestion
 
 INCOMPLETE = 3
 """Exit code when some of the runs failed or are not there."""

@@ -12,10 +12,10 @@ from cyclopts import Parameter
 
 from igrpo_lite.cli.flags import COMMAND, UNTRAINED, Recipe, examined, settings_flags
 from igrpo_lite.config import DataOptions, ModelOptions, PromptOptions
+from igrpo_lite.config.fields import FIELDS
 from igrpo_lite.errors import ConfigError
 from igrpo_lite.evaluation.output import output_findings, write_results
-from igrpo_lite.fields import FIELDS
-from igrpo_lite.settings import preflight
+from igrpo_lite.inputs import input_findings
 
 if TYPE_CHECKING:
     from igrpo_lite.evaluation.compare import Comparison
@@ -74,7 +74,7 @@ def evaluate(
     else:
         settings["model"] = run_or_model
     resolved, findings = examined(config, settings | UNTRAINED, trained=run is not None)
-    findings += _missing_run(run_or_model) or preflight(resolved)
+    findings += _missing_run(run_or_model) or input_findings(resolved)
     findings += _adapter_findings(adapter, base, show_flips)
     findings += _sampling_findings(sample_temperature, sample_top_p)
     counts = {"--samples": samples, "--best-of": best_of, "--few-shot": few_shot, "--show-flips": show_flips}

@@ -1,7 +1,7 @@
 """Flags made from the settings: every field of the configuration is one, with its sentence, type and default.
 
-A flag hands over the text that the user typed, and only if it was typed; :mod:`igrpo_lite.settings` judges it together
-with the recipe, so that all mistakes are reported at once.
+A flag hands over the text that the user typed, and only if it was typed; :mod:`igrpo_lite.config.resolve` judges it
+together with the recipe, so that all mistakes are reported at once.
 """
 
 from __future__ import annotations
@@ -13,11 +13,12 @@ from typing import Annotated, Any, get_args
 from cyclopts import App, Group, Parameter, Token
 
 from igrpo_lite.config import SECTIONS, RunConfig
-from igrpo_lite.defaults import MODEL_DEFAULTS
+from igrpo_lite.config.defaults import MODEL_DEFAULTS
+from igrpo_lite.config.fields import FIELDS, choices, default_text, hint, is_list, item_type, parts, section_of
+from igrpo_lite.config.resolve import examine, load_file, merge, suggestion
+from igrpo_lite.config.retired import RETIRED, gone, without_retired
 from igrpo_lite.errors import ConfigError
-from igrpo_lite.fields import FIELDS, choices, default_text, hint, is_list, item_type, parts, section_of
-from igrpo_lite.retired import RETIRED, gone, without_retired
-from igrpo_lite.settings import examine, load_file, merge, preflight, suggestion
+from igrpo_lite.inputs import input_findings
 
 FIRST = ("model", "data", "algorithm", "tokens")
 """The four settings that say what is trained on what; they head every list of flags."""
@@ -116,7 +117,7 @@ def examined(recipe: str | None, flags: Mapping[str, Any], trained: bool = False
 def checked(recipe: str | None, flags: Mapping[str, Any], files: bool = True) -> RunConfig:
     """The configuration of a recipe and flags, and if ``files`` what it names; raises one error with all findings."""
     config, findings = examined(recipe, flags)
-    findings += preflight(config) if files else []
+    findings += input_findings(config) if files else []
     if findings:
         raise ConfigError(findings)
     return config
@@ -139,7 +140,7 @@ def complaints(app: App, words: Sequence[str], unused: Sequence[str], given: Map
         elif not found:  # a word after an unknown flag is most likely its value
             found.append(f"unexpected {word!r}; see {verb} --help")
     config, bad = examined(given.get("config"), {name: given[name] for name in given if name in FIELDS})
-    return found + bad + preflight(config)
+    return found + bad + input_findings(config)
 
 
 def _known(app: App, words: Sequence[str]) -> tuple[str, list[str]]:

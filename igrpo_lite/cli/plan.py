@@ -14,6 +14,7 @@ from igrpo_lite.cli.flags import COMMAND, UNTRAINED, Recipe, checked, examined, 
 from igrpo_lite.cli.models import Json
 from igrpo_lite.cli.recipes import find
 from igrpo_lite.config import RunConfig
+from igrpo_lite.config.resolve import load_file
 from igrpo_lite.errors import ConfigError, ModelError
 from igrpo_lite.planning.gpus import GIB, Gpu, find_gpu, gpu_of
 from igrpo_lite.planning.memory import PARTS
@@ -21,7 +22,6 @@ from igrpo_lite.planning.models import Model, find_model
 from igrpo_lite.planning.plan import Change, Plan, changes, plan, prefers_four_bit
 from igrpo_lite.planning.suggest import suggest
 from igrpo_lite.planning.work import longest
-from igrpo_lite.settings import load_file
 from igrpo_lite.tiny import MODEL_DIR
 
 DOES_NOT_FIT = 3

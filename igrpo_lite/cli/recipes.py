@@ -9,8 +9,8 @@ from typing import Annotated
 
 from cyclopts import App, Parameter
 
+from igrpo_lite.config.fields import nearest
 from igrpo_lite.errors import ConfigError
-from igrpo_lite.fields import nearest
 
 CARD = re.compile(r"(?P<model>[^/]+)/(?P<method>[^/_]+)_(?P<card>[^/_]+)")
 """Names of recipes that are made for one GPU; model and card as ``igrpo-lite models`` and ``gpus`` call them."""

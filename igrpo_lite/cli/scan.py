@@ -11,10 +11,10 @@ from cyclopts import Parameter
 
 from igrpo_lite.cli.flags import COMMAND, UNTRAINED, Recipe, examined, settings_flags
 from igrpo_lite.config import DataOptions, ModelOptions, PromptOptions
+from igrpo_lite.config.fields import FIELDS
 from igrpo_lite.errors import ConfigError
 from igrpo_lite.evaluation.output import scan_findings
-from igrpo_lite.fields import FIELDS
-from igrpo_lite.settings import preflight
+from igrpo_lite.inputs import input_findings
 
 _OTHERS = (
     *("temperature", "max_completion_length", "max_num_seqs", "sampler", "kv_cache_gib"),
@@ -46,7 +46,7 @@ def scan(
     """Sample every training problem and keep those that the model solves sometimes: the others teach nothing. An
     interrupted scan goes on with the same command."""
     resolved, findings = examined(config, settings | UNTRAINED)
-    findings += preflight(resolved)
+    findings += input_findings(resolved)
     if samples < 1:
         findings.append(f"--samples: must be 1 or more, not {samples}")
     if not 0 <= keep_from <= keep_to <= 1:

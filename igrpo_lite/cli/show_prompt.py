@@ -9,8 +9,8 @@ from cyclopts import Parameter
 
 from igrpo_lite.cli.flags import COMMAND, UNTRAINED, Recipe, checked, settings_flags
 from igrpo_lite.config import DataOptions, PromptOptions
+from igrpo_lite.config.fields import FIELDS
 from igrpo_lite.errors import DataError
-from igrpo_lite.fields import FIELDS
 
 _MODEL = ("model", "revision", "seed")
 _DRAFT = "(the chosen draft stands here)"

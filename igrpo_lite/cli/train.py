@@ -9,7 +9,7 @@ from typing import Annotated, Any
 from cyclopts import Parameter
 
 from igrpo_lite.cli.flags import COMMAND, Recipe, checked, settings_flags
-from igrpo_lite.settings import dump
+from igrpo_lite.config.resolve import dump
 
 _DUMP = Parameter(
     help="Print the resolved configuration as a recipe and stop.", negative=(), group=COMMAND, show_default=False

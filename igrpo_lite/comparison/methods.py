@@ -9,9 +9,10 @@ from pathlib import Path
 from typing import Any
 
 from igrpo_lite.config import RunConfig
+from igrpo_lite.config.fields import FIELDS, choices, nearest
+from igrpo_lite.config.resolve import examine, load_file, merge
 from igrpo_lite.errors import ConfigError
-from igrpo_lite.fields import FIELDS, choices, nearest
-from igrpo_lite.settings import examine, load_file, merge, preflight
+from igrpo_lite.inputs import input_findings
 
 ALGORITHMS = choices(FIELDS["algorithm"])
 
@@ -92,7 +93,7 @@ def read_methods(
         given = _layered(base, file, common, own)
         given = {key: value for key, value in given.items() if key not in RESERVED - {"algorithm"}}
         config, more = examine(given | _OURS)
-        for complaint in complaints + more + preflight(config):
+        for complaint in complaints + more + input_findings(config):
             found.setdefault(complaint, []).append(name)
         methods.append(Method(name, spec, config))
     for complaint, names in found.items():

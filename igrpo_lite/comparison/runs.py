@@ -9,8 +9,8 @@ from pathlib import Path
 from typing import Any
 
 from igrpo_lite.config import RunConfig
+from igrpo_lite.config.resolve import RESUMABLE, differences, load_file, resolve
 from igrpo_lite.errors import ConfigError, RunFolderError
-from igrpo_lite.settings import RESUMABLE, differences, load_file, resolve
 from igrpo_lite.training.run_folder import RunFolder
 
 MEASURES = ("single", "refined")

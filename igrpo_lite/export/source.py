@@ -9,11 +9,11 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Literal
 
-from igrpo_lite.checks import model_findings
 from igrpo_lite.config import RunConfig
+from igrpo_lite.config.resolve import examine, load_file
+from igrpo_lite.config.retired import without_retired
 from igrpo_lite.errors import ConfigError, RunFolderError
-from igrpo_lite.retired import without_retired
-from igrpo_lite.settings import examine, load_file
+from igrpo_lite.inputs import model_findings
 
 Kind = Literal["adapter", "merged-16bit", "gguf"]
 Onto = Literal["original", "dequantized"]

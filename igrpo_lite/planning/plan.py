@@ -118,7 +118,7 @@ def plan(
     """Memory and time of a run with exactly these settings.
 
     Args:
-        config: as :func:`igrpo_lite.settings.resolve` gives it.
+        config: as :func:`igrpo_lite.config.resolve.resolve` gives it.
         four_bit: unset: what ``load_in_4bit`` says, or the model's own weights.
         unsloth: whether it loads the model; unset: what ``backend`` says, and for ``auto`` :func:`suits_unsloth`.
         releases_kv: whether vLLM releases its KV cache during updates; unset: with Unsloth, else from capability 8.0

@@ -7,7 +7,7 @@ from collections import Counter
 from dataclasses import dataclass, replace
 
 from igrpo_lite.config import RunConfig
-from igrpo_lite.defaults import ENTROPY_SHARE, SGRPO_PRESETS
+from igrpo_lite.config.defaults import ENTROPY_SHARE, SGRPO_PRESETS
 
 STAGE2_WORDS = 64
 """Tokens that stage 2 puts around a draft: its template, and turns of the chat template."""

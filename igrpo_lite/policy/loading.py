@@ -20,10 +20,10 @@ from transformers import (
 )
 from transformers.pytorch_utils import Conv1D
 
-from igrpo_lite.checks import weight_findings
 from igrpo_lite.config import ModelOptions
 from igrpo_lite.environment.hardware import dtype_for
 from igrpo_lite.errors import ModelError
+from igrpo_lite.inputs import weight_findings
 from igrpo_lite.planning.memory import adapted_layers
 from igrpo_lite.policy.backends import LoadRequest, Name, enter, model_path
 from igrpo_lite.policy.heads import check_split, is_causal

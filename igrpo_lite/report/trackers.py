@@ -10,8 +10,8 @@ from collections.abc import Callable, Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
-from igrpo_lite.checks import tracker_findings
 from igrpo_lite.errors import ConfigError
+from igrpo_lite.inputs import tracker_findings
 
 _PROJECT = "igrpo-lite"
 

@@ -9,7 +9,7 @@ from typing import Any
 from urllib.parse import urlsplit
 
 from igrpo_lite.config import RewardOptions, RunConfig
-from igrpo_lite.defaults import ENDPOINT_SETTINGS, REWARD_SETTINGS
+from igrpo_lite.config.defaults import ENDPOINT_SETTINGS, REWARD_SETTINGS
 from igrpo_lite.prompts import read_text_or_file
 from igrpo_lite.rewards.builtin import BUILTIN
 from igrpo_lite.rewards.judge_prompt import judge_prompt_findings

@@ -21,10 +21,10 @@ from typing import Any
 from filelock import FileLock, Timeout
 
 from igrpo_lite.config import RunConfig
+from igrpo_lite.config.resolve import RESUMABLE, differences, dump, load_file, resolve
+from igrpo_lite.config.retired import RETIRED, RETIRED_VALUES, resumed
 from igrpo_lite.errors import ConfigError, RunFolderError
 from igrpo_lite.problems.sources import short_name
-from igrpo_lite.retired import RETIRED, RETIRED_VALUES, resumed
-from igrpo_lite.settings import RESUMABLE, differences, dump, load_file, resolve
 
 
 class RunFolder:

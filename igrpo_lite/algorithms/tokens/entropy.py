@@ -18,7 +18,7 @@ from torch import Tensor
 from igrpo_lite.algorithms.tokens.all import AllTokens
 from igrpo_lite.algorithms.tokens.base import Learning, LearningSequence, Measure
 from igrpo_lite.config import RunConfig
-from igrpo_lite.defaults import ENTROPY_SHARE
+from igrpo_lite.config.defaults import ENTROPY_SHARE
 
 _QUANTILE_LIMIT = 2**24  # torch.quantile takes no more elements
 

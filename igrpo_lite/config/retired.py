@@ -5,8 +5,8 @@ from __future__ import annotations
 from collections.abc import Mapping
 from typing import Any
 
-from igrpo_lite.config import RunConfig
-from igrpo_lite.fields import default_text
+from igrpo_lite.config.fields import default_text
+from igrpo_lite.config.options import RunConfig
 
 RETIRED: dict[str, Any] = {
     "adam_beta1": 0.9,

@@ -10,10 +10,12 @@ from pathlib import Path
 from typing import Any
 
 from igrpo_lite.config import ModelOptions, PromptOptions, RolloutOptions, RunConfig
+from igrpo_lite.config.fields import nearest
 from igrpo_lite.environment.pins import INSTALL
 from igrpo_lite.environment.torch_build import cuda_trouble
-from igrpo_lite.fields import nearest
+from igrpo_lite.problems.sources import data_findings
 from igrpo_lite.prompts import read_text_or_file, template_findings
+from igrpo_lite.rewards.findings import reward_findings
 
 _TOKENIZERS = ("tokenizer.json", "tokenizer.model", "vocab.json", "vocab.txt", "spiece.model", "tekken.json")
 _TRACKERS = {"tensorboard": ("tensorboard", "tensorboardX")}
@@ -21,11 +23,8 @@ _NEEDS_BITSANDBYTES = "4-bit weights need bitsandbytes: pip install 'bitsandbyte
 _WEIGHTS = ("*.safetensors", "*.bin", "*.bin.index.json")
 
 
-def findings(config: RunConfig) -> list[str]:
+def input_findings(config: RunConfig) -> list[str]:
     """Everything wrong with the model, data, prompts, rewards and trackers that a configuration names."""
-    from igrpo_lite.problems.sources import data_findings
-    from igrpo_lite.rewards.findings import reward_findings
-
     prompts = prompt_findings(config)
     rest = reward_findings(config) + tracker_findings(config.report_to) + sampler_findings(config)
     return model_findings(config) + gpu_findings(config) + data_findings(config) + prompts + rest

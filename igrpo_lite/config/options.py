@@ -321,8 +321,8 @@ class RunOptions(Section):
 
 
 class RunConfig(RunOptions, UpdateOptions, RewardOptions, RolloutOptions, PromptOptions, DataOptions, ModelOptions):
-    """Everything one training run depends on. Build it with :func:`igrpo_lite.settings.resolve`, which applies the
-    defaults of the model and checks fields against each other."""
+    """Everything one training run depends on. Build it with :func:`igrpo_lite.config.resolve.resolve`, which applies
+    the defaults of the model and checks fields against each other."""
 
     @property
     def learning_stages(self) -> tuple[Stage, ...]:

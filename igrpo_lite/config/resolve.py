@@ -1,7 +1,7 @@
 """From what the user gave to one checked configuration; every finding is reported at once.
 
 Flags win over the recipe file, the file over the defaults of the model, these over the general defaults.
-:func:`resolve` looks at values only; :func:`preflight` also opens the files that they name. Neither imports torch.
+:func:`resolve` looks at values only; :func:`igrpo_lite.inputs.input_findings` opens the files that they name.
 """
 
 from __future__ import annotations
@@ -12,14 +12,20 @@ from typing import Any, get_origin
 
 from pydantic import ValidationError
 
-from igrpo_lite.config import ALGORITHMS, TOKENS, RunConfig
-from igrpo_lite.defaults import ENDPOINT_SETTINGS, LONG_COMPLETION, MODEL_DEFAULTS, REWARD_SETTINGS, SGRPO_PRESETS
+from igrpo_lite.config.defaults import (
+    ENDPOINT_SETTINGS,
+    LONG_COMPLETION,
+    MODEL_DEFAULTS,
+    REWARD_SETTINGS,
+    SGRPO_PRESETS,
+)
+from igrpo_lite.config.fields import FIELDS, allowed, choices, hint, is_list, nearest, parts
+from igrpo_lite.config.options import ALGORITHMS, TOKENS, RunConfig
+from igrpo_lite.config.recipe_file import dump, load_file
+from igrpo_lite.config.retired import RETIRED, retired_findings
 from igrpo_lite.errors import ConfigError
-from igrpo_lite.fields import FIELDS, allowed, choices, hint, is_list, nearest, parts
-from igrpo_lite.recipe_file import dump, load_file
-from igrpo_lite.retired import RETIRED, retired_findings
 
-__all__ = ["RESUMABLE", "differences", "dump", "examine", "load_file", "merge", "preflight", "resolve", "suggestion"]
+__all__ = ["RESUMABLE", "differences", "dump", "examine", "load_file", "merge", "resolve", "suggestion"]
 
 RESUMABLE: frozenset[str] = frozenset(
     {
@@ -111,13 +117,6 @@ def merge(file: Mapping[str, Any], flags: Mapping[str, Any]) -> dict[str, Any]:
         stale |= {name for name in FIELDS if name.startswith(tuple(filter(None, TOKENS.values())))}
     kept = {key: value for key, value in file.items() if str(key).replace("-", "_") not in stale | flags.keys()}
     return {**kept, **flags}
-
-
-def preflight(config: RunConfig) -> list[str]:
-    """What is wrong with the files, folders and functions that a configuration names; loads no model."""
-    from igrpo_lite import checks
-
-    return checks.findings(config)
 
 
 def differences(old: RunConfig, new: RunConfig) -> dict[str, tuple[Any, Any]]:

@@ -8,7 +8,7 @@ from typing import Any
 
 import yaml
 
-from igrpo_lite.config import SECTIONS, RunConfig
+from igrpo_lite.config.options import SECTIONS, RunConfig
 from igrpo_lite.errors import ConfigError
 
 

@@ -9,8 +9,8 @@ from typing import Annotated, Any, Literal, Union, get_args, get_origin
 
 from pydantic.fields import FieldInfo
 
-from igrpo_lite.config import SECTIONS, NameIn, RunConfig, Section
-from igrpo_lite.defaults import MODEL_DEFAULTS
+from igrpo_lite.config.defaults import MODEL_DEFAULTS
+from igrpo_lite.config.options import SECTIONS, NameIn, RunConfig, Section
 
 FIELDS: dict[str, FieldInfo] = {name: field for section in SECTIONS for name, field in section.model_fields.items()}
 """Every setting by name, in the order of the sections."""
